@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import eventually
 
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError
@@ -47,14 +48,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.fixture
@@ -241,7 +234,7 @@ def test_a_worker_killed_while_idle_is_replaced() -> None:
         for _ in range(3):
             (pid,) = workers.run([PID])
             os.kill(pid, signal.SIGKILL)
-        assert eventually(lambda: not is_alive(pid))
+        eventually(lambda: not is_alive(pid))
         (other,) = workers.run([PID])
     assert other != pid
 
@@ -374,6 +367,6 @@ def test_no_worker_outlives_its_parent(script: tuple[subprocess.Popen[str], list
     assert all(is_alive(pid) for pid in pids)
     os.kill(process.pid, number)
     assert process.wait(30) != 0
-    assert eventually(lambda: not any(is_alive(pid) for pid in pids))
+    eventually(lambda: not any(is_alive(pid) for pid in pids))
     assert process.stderr is not None
     assert process.stderr.read().count("Traceback") == (number == signal.SIGINT)

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from preparing import complete, preparation, tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, eventually, finish, is_suspended, python
+from running import PREPARE_SCRIPT, SIZE, Forked, finish, is_suspended, python
+from waiting import eventually
 
 from cogvideox.config.flags import LoaderFlags
 from cogvideox.data.cache import open_index

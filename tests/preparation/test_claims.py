@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, Moment, eventually, finish, fork_ranks, is_suspended, python
+from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, is_suspended, python
+from waiting import eventually
 
 from cogvideox.data.cache import Ledger, NewRecords
 from cogvideox.data.claims import CLAIMS_NAME, Claims, offset_of

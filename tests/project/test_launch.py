@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from launching import launched_environment, parsed_launch
+from waiting import eventually
 
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.config import args
@@ -375,9 +375,7 @@ def test_a_signal_goes_to_the_training_process_once(sandbox, tmp_path, number, s
     launcher = f"import subprocess; sys.exit(subprocess.run([sys.executable, {str(worker)!r}]).returncode)"
     ready = tmp_path / "ready"
     process = sandbox.start(LORA, STUB=launcher, READY=ready)
-    end = time.time() + 20
-    while not ready.exists() and time.time() < end:
-        time.sleep(0.02)
+    eventually(ready.exists)
     (os.killpg if to_group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == (75 if saves else 128 + number), err

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +33,7 @@ from running import (
     sft_flags,
     start,
 )
+from waiting import eventually
 
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
@@ -110,11 +110,12 @@ def test_hsdp_has_a_sharded_copy_on_each_machine(tiny: Callable[[str], Path], cl
 
 def wait_for(path: Path, processes: "list[subprocess.Popen[str]]") -> None:
     """Waits until a file or folder exists, while all of the processes run."""
-    end = time.monotonic() + 300
-    while not path.exists():
-        assert time.monotonic() < end
+
+    def exists() -> bool:
         assert [process.poll() for process in processes] == [None] * len(processes)
-        time.sleep(0.02)
+        return path.exists()
+
+    eventually(exists, within=300)
 
 
 def worker_of(launcher: int) -> int:

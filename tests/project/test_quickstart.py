@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from caption_server import CaptionServer, says, serving
 from running import ROOT, environment
 from test_readme import OPTIONS
+from waiting import eventually
 
 from cogvideox.config import args
 
@@ -224,10 +224,7 @@ def test_a_signal_ends_the_command_that_runs_before_the_script(
     words = [str(SCRIPT), "clips", "--token", "T", "--yes"]
     script = subprocess.Popen(words, env=os.environ | paths, cwd=folder, start_new_session=True)
     begun, saved = folder / "calls.begun", folder / "calls.saved"
-    deadline = time.monotonic() + 60
-    while not begun.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(begun.exists)
     (os.killpg if to_all else os.kill)(script.pid, number)
     assert script.wait(timeout=60) == 75
     assert saved.exists()

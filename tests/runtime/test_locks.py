@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from fakes import options_of, run_alone
+from waiting import eventually
 
 from cogvideox import files, locks
 from cogvideox.data.cache import Ledger, sole_writer
@@ -182,14 +183,9 @@ def test_a_lock_file_is_touched_while_its_process_lives(
     monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
     lock = take(tmp_path / ".lock")
     make_old(owner_of(tmp_path / ".lock"), STALE)
-    end = time.monotonic() + 10
-    while time.time() - owner_of(tmp_path / ".lock").stat().st_mtime > 100 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert time.time() - owner_of(tmp_path / ".lock").stat().st_mtime < 100
+    eventually(lambda: time.time() - owner_of(tmp_path / ".lock").stat().st_mtime < 100)
     lock.release()
-    while any(thread.name == "heartbeat" for thread in threading.enumerate()) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
+    eventually(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
 
 
 def test_a_lock_that_was_lost_is_not_taken_from_its_new_owner(without_locks: None, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from running import (
     train_all,
     weights,
 )
+from waiting import eventually
 
 from cogvideox import stopping
 from cogvideox.runtime.metrics import read_records
@@ -215,9 +216,7 @@ def test_which_processes_are_launchers() -> None:
 def named(words: list[str]) -> subprocess.Popen[bytes]:
     """Starts a process whose command line is ``python words...``."""
     process = subprocess.Popen(["python", "-c", "x=input()", *words], executable=sys.executable, stdin=subprocess.PIPE)
-    end = time.monotonic() + 5
-    while b"-c" not in Path(f"/proc/{process.pid}/cmdline").read_bytes() and time.monotonic() < end:
-        time.sleep(0.01)
+    eventually(lambda: b"-c" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
     return process
 
 
@@ -370,7 +369,7 @@ def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Path, tmp_path: Path) -> None:
     process = start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", "--load_tensors")))
-    assert eventually(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
+    eventually(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
     process.send_signal(number)
     assert finish(process, 75).endswith(f"stopped; {LINE}\n")
 
@@ -404,11 +403,11 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Pa
     launcher = "-m accelerate.commands.launch --config_file accelerate_configs/cpu.yaml"
     flags = lora_flags(model, tensors, output, "--load_tensors", "--checkpointing_steps", 5000)
     process = start([sys.executable, *launcher.split(), LORA_SCRIPT, *flags, "--max_train_steps", 5000])
-    assert eventually(lambda: len(read_records(output / "metrics.jsonl")) >= 2, 120)
+    eventually(lambda: len(read_records(output / "metrics.jsonl")) >= 2, 120)
     process.send_signal(TERM)
     text, _ = process.communicate(timeout=60)  # This returns when the trainer has closed its output.
     assert LINE in text
-    assert eventually(lambda: not alive_in_session(process.pid), 10)
+    eventually(lambda: not alive_in_session(process.pid), 10)
     steps = len(losses(output))
     assert (output / f"checkpoint-{steps}").is_dir()
     assert train([*flags, "--max_train_steps", str(steps + 1)]) == 0
@@ -421,7 +420,7 @@ def test_no_loader_process_survives(model: Path, tensors: Path, tmp_path: Path, 
     command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *more))
     process = Forked(command, ("unit micro-batch", 3, number))
     finish(process, status)
-    assert eventually(lambda: not alive_in_session(process.pid), 3)  # torch alone checks every 5 s.
+    eventually(lambda: not alive_in_session(process.pid), 3)  # torch alone checks every 5 s.
 
 
 def alive_in_session(session: int) -> list[str]:
@@ -434,14 +433,6 @@ def alive_in_session(session: int) -> list[str]:
             if int(its) == session and state != "Z":
                 found.append(text)
     return found
-
-
-def eventually(reached: Callable[[], bool], within: float) -> bool:
-    """Waits until a condition is true, and returns whether it became true in time."""
-    end = time.monotonic() + within
-    while not (there := reached()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return there
 
 
 def test_checkpoints_are_saved_after_minutes_too(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
@@ -570,9 +561,9 @@ def test_a_rank_that_makes_progress_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.fault("signals: a signal to one of two ranks, while the other waits in a barrier")
 def test_quit_prints_the_stacks_of_both_ranks_and_term_ends_them(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path, 60, "hang")
-    assert eventually(lambda: all(has_printed(rank, "ready") for rank in ranks), 60)
+    eventually(lambda: all(has_printed(rank, "ready") for rank in ranks), 60)
     ranks[0].send_signal(signal.SIGQUIT)
-    assert eventually(lambda: has_printed(ranks[1], "in wait_in_vain"), 10)
+    eventually(lambda: has_printed(ranks[1], "in wait_in_vain"), 10)
     ranks[0].send_signal(TERM)
     texts = [finish(rank, 75) for rank in ranks]
     assert "in wait_for_everyone" in texts[0]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
@@ -25,6 +25,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from waiting import eventually
 
 from cogvideox.config import args
 from cogvideox.config.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions
@@ -268,11 +269,12 @@ def launch_machines(
     stand_in = [Path(__file__).with_name("launched.py"), folder, *command[1:]]
     machines = [start([*launcher, *stand_in], **more) for launcher in launchers]
     paths = [folder / f"{rank}.json" for rank in range(number)]
-    end = time.monotonic() + 300
-    while not all(path.exists() for path in paths):
+
+    def have_started() -> bool:
         assert all(machine.poll() is None for machine in machines), [machine.communicate()[0] for machine in machines]
-        assert time.monotonic() < end, f"{launchers} have not started {number} processes"
-        time.sleep(0.02)
+        return all(path.exists() for path in paths)
+
+    eventually(have_started, within=300)
     given = [json.loads(path.read_text()) for path in paths]
     ranks = [Forked([command[0], *argv], **environ) for argv, environ in given]
     texts = [rank.communicate()[0] for rank in ranks]
@@ -290,14 +292,6 @@ def finish(process: Process, status: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output[-4000:]
     return output
-
-
-def eventually(is_true: Callable[[], bool]) -> None:
-    """Waits until something is true."""
-    end = time.monotonic() + 120
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def is_suspended(process: Process) -> bool:
