@@ -36,6 +36,7 @@ from running import (
     weights,
 )
 from safetensors.torch import load_file
+from sizes_of_5b import SFT
 
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
@@ -631,19 +632,6 @@ def test_out_of_memory_is_reported(
     assert str(caught.value).startswith(told)
 
 
-WHOLE_5B = Sizes(  # all weights of CogVideoX-5b, 49x480x720
-    blocks=42,
-    block_bytes=252 * 2**20,
-    rest_bytes=0,
-    trained=19_000_000,
-    item_bytes=2,
-    samples=1,
-    tokens=17776,
-    width=3072,
-    heads=48,
-    block_trained=126 * 2**20,
-    sum_bytes=2,
-)
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HSDP = FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 
@@ -657,7 +645,7 @@ def chosen(
         monkeypatch.setenv(name, value)
     options = args.parse(SftOptions, None, sft_flags(tmp_path, tmp_path, tmp_path, *flags), ())
     run = cast(Any, SimpleNamespace(world=world))
-    sizes = replace(WHOLE_5B, device_gradient_bytes=4 if world > 1 else 2)
+    sizes = replace(SFT, device_gradient_bytes=4 if world > 1 else 2)
     return execution.choose(run, options, sizes, Machine(gib * GIB, 200 * GIB), True, "cudnn")
 
 
@@ -726,7 +714,7 @@ def test_the_peak_of_the_last_process_under_zero_2() -> None:
     The first process peaked at 63.86 GiB when backward starts. The peak of the last process, which was not measured, is
     at the first full bucket: 5.2 GiB of fp32 gradients and 3.7 GiB of buckets, without the activations of four blocks.
     """
-    sizes = replace(WHOLE_5B, state_bytes=12, shards=4, deepspeed=True, units_kept=(1, 2, 12, 20))
+    sizes = replace(SFT, state_bytes=12, shards=4, deepspeed=True, units_kept=(1, 2, 12, 20))
     linear = {BlockPlan(keep="linear"): 27, BlockPlan(keep="linear", kept=plan.HOST): 15}
     assert Costs(linear, plan.DEVICE, True, sizes).peak_bytes / GIB == pytest.approx(67.8, rel=0.005)
 

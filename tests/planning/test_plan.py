@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sizes_of_5b import LORA, SFT
 
 from cogvideox.memory.streaming import HostStore
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
@@ -29,17 +30,6 @@ from cogvideox.planning.plan import (
 )
 from cogvideox.planning.timeline import Timeline
 
-LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
-    blocks=42,
-    block_bytes=252 * 2**20,
-    rest_bytes=80 * 2**20,
-    trained=132_120_576,
-    item_bytes=2,
-    samples=1,
-    tokens=17776,
-    width=3072,
-    heads=48,
-)
 FAST = Machine(
     78 * GIB,
     100 * GIB,
@@ -50,22 +40,19 @@ FAST = Machine(
     copies=5e10,
     both_ways=7.5e10,
 )
-
-
-WHOLE = replace(LARGE, trained=19_000_000, rest_bytes=0, block_trained=LARGE.block_bytes // 2, sum_bytes=2)
 LEAN = {BlockPlan(HOST, "attention", HOST, HOST): 42}
 
 
-def costs(kinds: Kinds, state: str = HOST, sizes: Sizes = WHOLE) -> Costs:
+def costs(kinds: Kinds, state: str = HOST, sizes: Sizes = SFT) -> Costs:
     return Costs(kinds, state, True, sizes)
 
 
-def seconds(kinds: Kinds, state: str = HOST, sizes: Sizes = WHOLE, machine: Machine = FAST) -> float:
+def seconds(kinds: Kinds, state: str = HOST, sizes: Sizes = SFT, machine: Machine = FAST) -> float:
     return float(Timeline(costs(kinds, state, sizes), machine).seconds()[0])
 
 
 def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, compiled: bool = True):  # type: ignore[no-untyped-def]
-    return choose_plan(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
+    return choose_plan(axes, LORA, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
 
 
 @pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 4])
@@ -79,26 +66,26 @@ def test_the_plan_fits_and_more_memory_is_never_slower(gib: float) -> None:
 @pytest.mark.parametrize(("gib", "steps"), [(70, 20), (14, 20), (8, 60), (14, 2)])
 def test_a_second_level_must_save_more_than_its_compilation_takes(gib: float, steps: int) -> None:
     machine = replace(FAST, device_bytes=int(gib * GIB))
-    short, long = (choose_plan(PRESETS["auto"], replace(LARGE, steps=n), machine, True, "cudnn") for n in (steps, 3000))
+    short, long = (choose_plan(PRESETS["auto"], replace(LORA, steps=n), machine, True, "cudnn") for n in (steps, 3000))
     assert [len({block.keep for block in plan.blocks}) for plan in (short, long)] == [1, 2]
     assert 0 < (short.seconds - long.seconds) * steps < 12  # these are the seconds of a step without compilation
 
 
 def test_an_eager_plan_compiles_nothing() -> None:
     machine = replace(FAST, device_bytes=40 * GIB)
-    long, short = (choose_plan(PRESETS["auto"], replace(LARGE, steps=n), machine, False, "cudnn") for n in (0, 2))
+    long, short = (choose_plan(PRESETS["auto"], replace(LORA, steps=n), machine, False, "cudnn") for n in (0, 2))
     assert long == short
 
 
 def test_divided_tokens_take_less_memory_and_time() -> None:
     """Two processes need half of the time and the activations, and in addition what they exchange."""
     kinds = {BlockPlan(DEVICE, "attention"): 42}
-    half = replace(LARGE, tokens=LARGE.tokens // 2, sequence_parallel=2)
+    half = replace(LORA, tokens=LORA.tokens // 2, sequence_parallel=2)
     fast = replace(FAST, exchange=1e30)
-    assert seconds(kinds, DEVICE, half, fast) == pytest.approx(seconds(kinds, DEVICE, LARGE) / 2, rel=0.01)
+    assert seconds(kinds, DEVICE, half, fast) == pytest.approx(seconds(kinds, DEVICE, LORA) / 2, rel=0.01)
     exchanged = 42 * (4 + 8) * half.unit_bytes / FAST.exchange
     assert seconds(kinds, DEVICE, half) == pytest.approx(seconds(kinds, DEVICE, half, fast) + exchanged)
-    one, two = (costs(kinds, DEVICE, sizes).activation_bytes for sizes in (LARGE, half))
+    one, two = (costs(kinds, DEVICE, sizes).activation_bytes for sizes in (LORA, half))
     assert two - one / 2 == pytest.approx((ENDS_UNITS + EXCHANGED_UNITS) * half.unit_bytes)
     plan = choose_plan(PRESETS["auto"], half, FAST, True, "cudnn")
     assert plan.exchanging == pytest.approx(exchanged)
@@ -110,7 +97,7 @@ def test_a_complete_sample_fits_in_evaluation() -> None:
     """If few tokens are trained on each process, a pass over all of them needs the most memory."""
     kinds = {BlockPlan(DEVICE, "input"): 42}
     for parallel, evaluation_is_larger in ((1, False), (2, False), (16, True)):
-        sizes = replace(LARGE, tokens=LARGE.tokens // parallel, sequence_parallel=parallel)
+        sizes = replace(LORA, tokens=LORA.tokens // parallel, sequence_parallel=parallel)
         found = costs(kinds, DEVICE, sizes)
         assert (found.complete_sample_bytes > found.activation_bytes) == evaluation_is_larger
         assert found.peak_bytes >= found.held(DEVICE, "weights") + found.complete_sample_bytes
@@ -149,7 +136,7 @@ def test_host_memory_is_filled_only_if_nothing_else_fits(gib: int, least: float,
     machine = replace(FAST, host_bytes=gib * GIB)
     plan = pick(4, machine=machine)
     kinds = {kind: plan.blocks.count(kind) for kind in set(plan.blocks)}
-    assert least < costs(kinds, plan.state, LARGE).host_bytes / machine.host_bytes <= most
+    assert least < costs(kinds, plan.state, LORA).host_bytes / machine.host_bytes <= most
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -182,22 +169,22 @@ def test_a_mixture_begins_and_ends_with_what_is_on_the_device(count: int) -> Non
 
 def test_keeping_more_costs_memory_and_saves_time() -> None:
     kinds = [{BlockPlan(keep=level): 42} for level in LEVELS[:3]]
-    peaks = [costs(kind, DEVICE, LARGE).peak_bytes for kind in kinds]
-    times = [seconds(kind, DEVICE, LARGE, FAST) for kind in kinds]
+    peaks = [costs(kind, DEVICE, LORA).peak_bytes for kind in kinds]
+    times = [seconds(kind, DEVICE, LORA, FAST) for kind in kinds]
     assert peaks == sorted(peaks)
     assert times == sorted(times, reverse=True)
-    assert costs({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE).host_bytes > 8 * GIB
+    assert costs({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LORA).host_bytes > 8 * GIB
 
 
 def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
-    small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
-    for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
-        kinds = {BlockPlan(weights): LARGE.blocks}
-        saved = costs(kinds, HOST, LARGE).peak_bytes - costs(kinds, HOST, small).peak_bytes
-        assert saved == pytest.approx((stored / 2 - 0.1) * LARGE.block_bytes)
+    small = replace(LORA, block_bytes=LORA.block_bytes // 2, matrix_bytes=LORA.block_bytes)
+    for weights, stored in ((DEVICE, LORA.blocks), (HOST, 3)):
+        kinds = {BlockPlan(weights): LORA.blocks}
+        saved = costs(kinds, HOST, LORA).peak_bytes - costs(kinds, HOST, small).peak_bytes
+        assert saved == pytest.approx((stored / 2 - 0.1) * LORA.block_bytes)
 
 
-@pytest.mark.parametrize("sizes", [LARGE, replace(WHOLE, sum_bytes=4), replace(WHOLE, average_bytes=4, state_bytes=14)])
+@pytest.mark.parametrize("sizes", [LORA, replace(SFT, sum_bytes=4), replace(SFT, average_bytes=4, state_bytes=14)])
 def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -> None:
     kinds = mixtures(PRESETS["auto"], sizes)
     every = np.stack([*kinds.values()], axis=1)
@@ -228,7 +215,7 @@ def test_bytes_in_flight_equal_those_of_a_host_store(kept: str) -> None:
             if block.kept == HOST:
                 store.put(i, {"kept": torch.zeros(units[block], dtype=torch.uint8)})
             most = max(most, sum(tensors["kept"].numel() for tensors, _ in store.leaving.values()))
-        small = replace(LARGE, blocks=12, tokens=1, width=1, item_bytes=1, heads=0)
+        small = replace(LORA, blocks=12, tokens=1, width=1, item_bytes=1, heads=0)
         kinds = {kind: blocks.count(kind) for kind in set(blocks)}
         assert costs(kinds, HOST, small).in_flight_bytes == most
 
@@ -237,8 +224,8 @@ def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
     """Optimizer state counts too: on this card it fits together with blocks that copy a little more."""
     assert pick(18).state == DEVICE
     kinds = {kind: pick(75).blocks.count(kind) for kind in set(pick(75).blocks)}
-    assert costs(kinds, DEVICE, LARGE).all_copied_bytes == 0
-    assert costs(kinds, HOST, LARGE).all_copied_bytes == LARGE.trained * LARGE.state_bytes
+    assert costs(kinds, DEVICE, LORA).all_copied_bytes == 0
+    assert costs(kinds, HOST, LORA).all_copied_bytes == LORA.trained * LORA.state_bytes
 
 
 def test_the_text_of_a_plan() -> None:
@@ -252,16 +239,15 @@ def test_the_text_of_a_plan() -> None:
 
 def test_memory_of_a_streamed_base_and_an_average() -> None:
     lean = {BlockPlan(HOST, "attention", HOST): 42}
-    weights = 42 * LARGE.block_bytes
-    more = costs(lean, HOST, replace(LARGE, mapped=True)).host_bytes - costs(lean, HOST, LARGE).host_bytes
-    assert more == weights - LARGE.block_bytes  # pages of the file are not replaced by the pinned copies
-    here = replace(LARGE, mapped=True, ranks=4)  # the processes of a machine have one copy
+    weights = 42 * LORA.block_bytes
+    more = costs(lean, HOST, replace(LORA, mapped=True)).host_bytes - costs(lean, HOST, LORA).host_bytes
+    assert more == weights - LORA.block_bytes  # pages of the file are not replaced by the pinned copies
+    here = replace(LORA, mapped=True, ranks=4)  # the processes of a machine have one copy
     assert costs(lean, HOST, replace(here, ranks=1)).host_bytes - costs(lean, HOST, here).host_bytes == weights * 3 // 4
     resident = {BlockPlan(keep="attention"): 42}
-    with_average = replace(LARGE, state_bytes=LARGE.state_bytes + 4)
+    with_average = replace(LORA, state_bytes=LORA.state_bytes + 4)
     assert (
-        costs(resident, DEVICE, with_average).peak_bytes - costs(resident, DEVICE, LARGE).peak_bytes
-        == 4 * LARGE.trained
+        costs(resident, DEVICE, with_average).peak_bytes - costs(resident, DEVICE, LORA).peak_bytes == 4 * LORA.trained
     )
 
 
@@ -270,30 +256,30 @@ def test_memory_of_a_streamed_base_and_an_average() -> None:
 
 def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -> None:
     plan = choose_plan(
-        PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
+        PRESETS["lean"], SFT, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
     )
     assert plan.blocks == mixture(LEAN)
     per_number = 2 + 2 + 2 + 8  # weight, gradient, low bits of the master, two moments
-    kept = 42 * WHOLE.kept_bytes("attention")
-    assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 10
-    assert costs(LEAN, HOST, replace(WHOLE, ranks=4)).pinned_bytes == plan.pinned  # trained weights are not shared
+    kept = 42 * SFT.kept_bytes("attention")
+    assert plan.pinned == 42 * SFT.block_trained * per_number + kept + SFT.trained * 10
+    assert costs(LEAN, HOST, replace(SFT, ranks=4)).pinned_bytes == plan.pinned  # trained weights are not shared
     with pytest.raises(NoPlanError, match="of host memory"):
-        choose_plan(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
+        choose_plan(PRESETS["lean"], SFT, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
 
 
 def test_state_on_the_device_takes_memory_and_is_not_copied() -> None:
     kept_state = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
-    numbers = 10 * WHOLE.block_trained
-    assert costs(kept_state).peak_bytes - costs(LEAN).peak_bytes == WHOLE.state_bytes * numbers
-    assert costs(LEAN).pinned_bytes - costs(kept_state).pinned_bytes == WHOLE.state_bytes * numbers
-    assert costs(LEAN).all_copied_bytes - costs(kept_state).all_copied_bytes == WHOLE.state_bytes * numbers
+    numbers = 10 * SFT.block_trained
+    assert costs(kept_state).peak_bytes - costs(LEAN).peak_bytes == SFT.state_bytes * numbers
+    assert costs(LEAN).pinned_bytes - costs(kept_state).pinned_bytes == SFT.state_bytes * numbers
+    assert costs(LEAN).all_copied_bytes - costs(kept_state).all_copied_bytes == SFT.state_bytes * numbers
     assert seconds(kept_state) < seconds(LEAN)
 
 
 @pytest.mark.parametrize(("gib", "least", "most"), [(10, 0, 8), (24, 0, 20), (80, 30, 42)])
 def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most: int) -> None:
     machine = replace(FAST, device_bytes=int(gib * GIB), host_bytes=160 * GIB)
-    chosen = choose_plan(PRESETS["auto"], WHOLE, machine, True, "cudnn")
+    chosen = choose_plan(PRESETS["auto"], SFT, machine, True, "cudnn")
     here = sum(block.state == DEVICE for block in chosen.blocks)
     assert least <= here <= most
     text = re.search(r"optimizer state on the (\w+)(?:, of (\d+) blocks on the (\w+))?;", str(chosen))
@@ -303,48 +289,48 @@ def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most:
     assert text is not None
     assert text.groups() in expected
     assert chosen.peak <= machine.device_bytes
-    assert chosen.seconds < choose_plan(PRESETS["lean"], WHOLE, machine, True, "cudnn").seconds
+    assert chosen.seconds < choose_plan(PRESETS["lean"], SFT, machine, True, "cudnn").seconds
 
 
 def test_a_checkpoint_needs_no_host_memory_but_the_export_loads_unmapped_weights_again() -> None:
     """A checkpoint is written tensor by tensor. Where memory is free, it is copied there; a plan does not need that."""
     resident = {BlockPlan(keep="attention"): 42}
-    assert costs(resident, DEVICE, replace(WHOLE, mapped=True)).host_bytes == 0
-    assert costs(resident, DEVICE, WHOLE).host_bytes == 42 * WHOLE.block_bytes
-    assert costs(resident, DEVICE, replace(WHOLE, ranks=4)).host_bytes == 42 * WHOLE.block_bytes // 4  # one exports
-    assert costs(resident, DEVICE, LARGE).host_bytes == 0
+    assert costs(resident, DEVICE, replace(SFT, mapped=True)).host_bytes == 0
+    assert costs(resident, DEVICE, SFT).host_bytes == 42 * SFT.block_bytes
+    assert costs(resident, DEVICE, replace(SFT, ranks=4)).host_bytes == 42 * SFT.block_bytes // 4  # one exports
+    assert costs(resident, DEVICE, LORA).host_bytes == 0
 
 
 def test_a_plan_says_how_much_host_memory_it_leaves() -> None:
     machine = replace(FAST, device_bytes=23 * GIB, host_bytes=160 * GIB)
-    chosen = choose_plan(PRESETS["lean"], replace(WHOLE, mapped=True), machine, True, "cudnn")
+    chosen = choose_plan(PRESETS["lean"], replace(SFT, mapped=True), machine, True, "cudnn")
     assert chosen.spare_host == 160 * GIB - chosen.pinned
 
 
 def test_an_average_on_the_host_prevents_overlap() -> None:
-    averaged = replace(WHOLE, state_bytes=14, average_bytes=4)
+    averaged = replace(SFT, state_bytes=14, average_bytes=4)
     here = {BlockPlan(HOST, "attention", HOST, DEVICE): 42}
     assert seconds(LEAN, HOST, averaged, FAST) > seconds(LEAN) + 0.2
     assert costs(LEAN, HOST, averaged).all_copied_bytes == costs(LEAN).all_copied_bytes
-    assert costs(here, HOST, averaged).peak_bytes - costs(here).peak_bytes == 4 * 42 * WHOLE.block_trained
+    assert costs(here, HOST, averaged).peak_bytes - costs(here).peak_bytes == 4 * 42 * SFT.block_trained
 
 
 def test_state_on_the_device_does_not_depend_on_where_weights_are() -> None:
     """This holds for the state of blocks and of layers outside them."""
     for gib in (75, 85, 110):
-        chosen = choose_plan(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
+        chosen = choose_plan(Axes(state=(DEVICE,)), SFT, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
         kinds = {kind: chosen.blocks.count(kind) for kind in chosen.blocks}
-        assert costs(kinds, chosen.state).state_at(DEVICE) == WHOLE.all_trained * WHOLE.state_bytes
+        assert costs(kinds, chosen.state).state_at(DEVICE) == SFT.all_trained * SFT.state_bytes
 
 
 def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
-    assert choose_plan(Axes(weights=(HOST,), state=(DEVICE,)), LARGE, FAST, True, "cudnn").state == DEVICE
+    assert choose_plan(Axes(weights=(HOST,), state=(DEVICE,)), LORA, FAST, True, "cudnn").state == DEVICE
 
 
 @pytest.mark.parametrize("tokens", [482, 17776])
 def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int) -> None:
     """With short clips and small blocks, three transfers with gradients and weights take more memory than blocks."""
-    lean = costs(LEAN, sizes=replace(WHOLE, tokens=tokens, block_trained=WHOLE.block_trained // 10))
+    lean = costs(LEAN, sizes=replace(SFT, tokens=tokens, block_trained=SFT.block_trained // 10))
     assert lean.transfer_slot_bytes == 3 * RANGE_BYTES
     backward = lean.activation_bytes + lean.gradient_bytes
     stored = lean.peak_bytes - max(backward, lean.transfer_slot_bytes)
@@ -353,21 +339,21 @@ def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int) -> None
 
 
 def test_sums_of_several_passes_take_twice_the_memory() -> None:
-    several = replace(WHOLE, sum_bytes=4)
+    several = replace(SFT, sum_bytes=4)
     more = costs(LEAN, HOST, several).pinned_bytes - costs(LEAN).pinned_bytes
-    assert more == 2 * 42 * WHOLE.block_trained
+    assert more == 2 * 42 * SFT.block_trained
     more = costs(LEAN, HOST, several).peak_bytes - costs(LEAN).peak_bytes
-    assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two blocks are copied out, and two are copied back
+    assert more == SFT.block_trained * (2 * (4 - 2) + 2 * 4)  # two blocks are copied out, and two are copied back
 
 
 def test_the_optimizer_step_counts_once_for_all_passes() -> None:
     """Copies of four passes take four times as long as those of one, but the optimizer step takes the same time."""
-    one, two, four = (seconds(LEAN, HOST, replace(WHOLE, passes=n), FAST) for n in (1, 2, 4))
+    one, two, four = (seconds(LEAN, HOST, replace(SFT, passes=n), FAST) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 def test_training_all_weights_takes_more_of_everything() -> None:
     resident = {BlockPlan(keep="attention"): 42}
     for kinds, state in ((LEAN, HOST), (resident, DEVICE), (resident, HOST)):
-        assert seconds(kinds, state, WHOLE, FAST) > seconds(kinds, state, LARGE, FAST)
-        assert costs(kinds, state, WHOLE).peak_bytes > costs(kinds, state, LARGE).peak_bytes
+        assert seconds(kinds, state, SFT, FAST) > seconds(kinds, state, LORA, FAST)
+        assert costs(kinds, state, SFT).peak_bytes > costs(kinds, state, LORA).peak_bytes

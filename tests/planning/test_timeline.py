@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sizes_of_5b import SFT
 from timed_streams import taking, timed
 from tiny_transformers import arguments_of, make_trainable, make_with_lora
 
@@ -198,23 +199,10 @@ def test_copies_of_updates_and_copies_in_slow_each_other() -> None:
     assert link.copy(OUT, start + 10.0, np.ones(1)) == pytest.approx(11.0 + 0.25 * 0.5)
 
 
-LARGE = Sizes(  # CogVideoX-5b, all weights, 49x480x720
-    blocks=42,
-    block_bytes=252 * 2**20,
-    rest_bytes=0,
-    trained=0,
-    item_bytes=2,
-    samples=1,
-    tokens=17776,
-    width=3072,
-    heads=48,
-    block_trained=126 * 2**20,
-    sum_bytes=2,
-)
 H100 = Machine(78 * GIB, 100 * GIB, 7.3e14, 5.1e14, 5.1e14, 2.8e12, 5.4e10, 8.4e10)
 
 
-def seconds_of(kinds: Kinds, machine: Machine = H100, sizes: Sizes = LARGE) -> float:
+def seconds_of(kinds: Kinds, machine: Machine = H100, sizes: Sizes = SFT) -> float:
     return float(Timeline(Costs(kinds, DEVICE, True, sizes), machine).seconds()[0])
 
 
@@ -224,15 +212,15 @@ def test_state_of_the_last_blocks_passes_while_the_others_compute(count: int) ->
     for kinds in ({late: count, here: 42 - count}, {here: 42 - count, late: count}):
         assert mixture(kinds) == (here,) * (42 - count) + (late,) * count
         free = seconds_of(kinds, replace(H100, copies=1e15, both_ways=2e15))
-        moved = 2 * LARGE.state_bytes * LARGE.block_trained * count / H100.both_ways
-        forward = Timeline(Costs(kinds, DEVICE, True, LARGE), H100).compute_seconds("attention")[0] * 42
+        moved = 2 * SFT.state_bytes * SFT.block_trained * count / H100.both_ways
+        forward = Timeline(Costs(kinds, DEVICE, True, SFT), H100).compute_seconds("attention")[0] * 42
         assert seconds_of(kinds) == pytest.approx(free + max(0.0, moved - forward), abs=0.04)
 
 
 def test_copies_limit_a_step_that_moves_more_than_it_computes() -> None:
     slow = replace(H100, copies=5e9, both_ways=7.5e9)
-    weights, saved = 42 * LARGE.block_bytes, 42 * LARGE.kept_bytes("attention")
-    state = 42 * LARGE.block_trained * LARGE.state_bytes
+    weights, saved = 42 * SFT.block_bytes, 42 * SFT.kept_bytes("attention")
+    state = 42 * SFT.block_trained * SFT.state_bytes
     forward = (state + 2 * weights) + (state + weights) + saved  # in: also gradients, which are as large as weights
     backward = (weights + saved) + weights
     least = (forward + backward) / slow.both_ways
@@ -241,9 +229,9 @@ def test_copies_limit_a_step_that_moves_more_than_it_computes() -> None:
 
 def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
     resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
-    one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(LARGE, shards=4))
-    zero = replace(LARGE, shards=4, deepspeed=True)
-    assert seconds_of(resident, sizes=replace(LARGE, ranks=4)) > one + 0.1  # also if each has all weights
+    one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(SFT, shards=4))
+    zero = replace(SFT, shards=4, deepspeed=True)
+    assert seconds_of(resident, sizes=replace(SFT, ranks=4)) > one + 0.1  # also if each has all weights
     assert one < fsdp < seconds_of(resident, sizes=zero)
     assert seconds_of(resident, sizes=replace(zero, shards_on_host=True)) > seconds_of(resident, sizes=zero) + 0.5
 
@@ -251,7 +239,7 @@ def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
 def test_updates_of_8_bit_state_are_bound_by_arithmetic() -> None:
     resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
     fast = replace(H100, memory=1e15)
-    exact, quantized = (seconds_of(resident, fast, replace(LARGE, state_bytes=n)) for n in (10.0, 4 + 2 / 64))
+    exact, quantized = (seconds_of(resident, fast, replace(SFT, state_bytes=n)) for n in (10.0, 4 + 2 / 64))
     assert quantized - exact == pytest.approx(42 * 1.22e-3, rel=0.05)  # 1.22 ms a block were measured
 
 
