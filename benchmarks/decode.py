@@ -37,7 +37,7 @@ Decode = Callable[[Path, list[int]], np.ndarray]
 
 def ours(path: Path, indices: list[int]) -> np.ndarray:
     """Decodes as data/clips.py does: lists the packets, then reads the frames."""
-    from cogvideox.data.media.decode import probe, read_frames
+    from cogvideox.data.media.pixels.decode import probe, read_frames
 
     return read_frames(path, probe(path), indices, HEIGHT, WIDTH)
 
@@ -53,8 +53,8 @@ def with_decord(path: Path, indices: list[int]) -> np.ndarray:
 
 def job(path: Path) -> tuple[Path, list[int]]:
     """Returns the clip and the indices of FRAMES evenly spread frames, or of all if it has fewer."""
-    from cogvideox.data.media.decode import probe
     from cogvideox.data.media.frames import frame_indices
+    from cogvideox.data.media.pixels.decode import probe
 
     times = probe(path).times
     return path, list(frame_indices(times, min(FRAMES, len(times)), None, "uniform"))

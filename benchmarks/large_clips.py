@@ -73,9 +73,9 @@ def clips(folder: Path) -> Iterator[Path]:
 
 def decode_window(path: Path, answer: Connection) -> None:
     """Reads FRAMES frames from the middle at TARGET_RATE, as a preparation does. It runs in a new process."""
-    from cogvideox.data.media import decode
     from cogvideox.data.media.faults import VideoError
     from cogvideox.data.media.frames import frame_indices
+    from cogvideox.data.media.pixels import decode
 
     decoded, real = 0, decode._frames
 

@@ -33,7 +33,7 @@ from record import device_and_versions
 from torch import Tensor
 
 from cogvideox.data.cache import TensorCache
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.model import encode, models, t5_stream, vae_encoder
 from cogvideox.preparation.encoding import one_behind
 

@@ -28,7 +28,7 @@ from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeli
 from record import device_and_versions
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.data.media.decode import probe
+from cogvideox.data.media.pixels.decode import probe
 
 SAYS = (
     *("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in"),

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.frames import Section
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 
 def first_frame(video: Path, height: int, width: int, start: float = 0.0) -> Image.Image:

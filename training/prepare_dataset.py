@@ -23,7 +23,7 @@ from cogvideox.config import args
 from cogvideox.config.geometry import check_preparation, read_geometry
 from cogvideox.config.options import PrepareOptions, needs_captions
 from cogvideox.data.forms.samples import check_data_roots
-from cogvideox.data.media.decord_reader import check_reader
+from cogvideox.data.media.pixels.decord_reader import check_reader
 from cogvideox.files import what_is_safe
 
 CHECKS = (check_preparation, check_data_roots, check_reader)

@@ -11,7 +11,7 @@ import pytest
 from numbered import VPX, encode, plain, resized, written
 from PIL import Image
 
-from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 HEIGHT, WIDTH = 64, 96
 HIDDEN, COLOR = (250, 20, 240), (200, 100, 50)

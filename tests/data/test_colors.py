@@ -14,9 +14,9 @@ from PIL import Image
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.clips import ClipRecipe, plan_clip
-from cogvideox.data.media.colors import CONTAINER_MATRIX, ColorTags, SdrConverter
-from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.colors.sdr import CONTAINER_MATRIX, ColorTags, SdrConverter
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.data.records import FAILED, ClipRecord
 from cogvideox.preparation.report import TAG_COMMAND, color_notes
 
@@ -63,7 +63,7 @@ def test_converting_in_strips_gives_the_same_pixels_as_at_once(monkeypatch: pyte
     path = placed(tmp_path, lossless("pq"))
     info = probe(path)
     in_strips = read_frames(path, info, [0], info.height, info.width)
-    monkeypatch.setattr("cogvideox.data.media.colors._STRIP", 10_000)
+    monkeypatch.setattr("cogvideox.data.media.colors.sdr._STRIP", 10_000)
     assert (read_frames(path, info, [0], info.height, info.width) == in_strips).all()
 
 

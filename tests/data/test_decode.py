@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from striped import COUNT, HEIGHT, MATRICES, OPEN_GOP, RATE, VIDEOS, WIDTH, encode, numbers_in, read_numbers, sequential
 
-from cogvideox.data.media import decode, faults, packets
-from cogvideox.data.media.decode import probe, read_frames, write_video
+from cogvideox.data.media import faults
+from cogvideox.data.media.container import packets
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import frame_indices
+from cogvideox.data.media.pixels import decode
+from cogvideox.data.media.pixels.decode import probe, read_frames, write_video
 from cogvideox.errors import DiskError
 
 
@@ -407,10 +409,10 @@ def test_only_uint8_rgb_is_written(tmp_path, frames):
 
 
 def test_workers_do_not_import_torch():
-    modules = ("data.media.decode", "data.media.transforms", "config.buckets", "data.forms.samples")
+    modules = ("data.media.pixels.decode", "data.media.transforms", "config.buckets", "data.forms.samples")
     imports = "".join(f"import cogvideox.{name}; " for name in modules)
     script = f"{imports}import sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(decode.__file__).parents[3])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(decode.__file__).parents[4])
 
 
 def test_errors_of_the_machine_differ_from_errors_of_the_file(tmp_path, clip, monkeypatch):

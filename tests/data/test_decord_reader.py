@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from striped import COUNT, HEIGHT, MATRICES, VIDEOS, WIDTH, encode, numbers_in
 
-from cogvideox.data.media import decord_reader
-from cogvideox.data.media.decode import probe, read_frames
-from cogvideox.data.media.decord_reader import VERSION, reader_problem
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels import decord_reader
+from cogvideox.data.media.pixels.decode import probe, read_frames
+from cogvideox.data.media.pixels.decord_reader import VERSION, reader_problem
 
 PATTERNS = [range(COUNT), range(0, COUNT, 7), [58, 3, 31, 30, 10, 9], [23, 24], [59], [0, 0, 59, 59, 0]]
 REFUSED = {"open_gop.mp4", "open_gop.ts", "intra_refresh.ts", "mpeg4.avi", "hevc.mp4"}  # libx265 writes open GOPs
@@ -50,10 +50,10 @@ def test_reader_problem(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str
 
 def test_decord_is_not_imported_unless_asked_for() -> None:
     script = (
-        "import sys, cogvideox.data.media.decode, cogvideox.data.media.decord_reader as r; r.reader_problem('decord'); "
-        "assert not {'decord', 'torch'} & set(sys.modules)"
+        "import sys; from cogvideox.data.media.pixels import decode, decord_reader; "
+        "decord_reader.reader_problem('decord'); assert not {'decord', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(decord_reader.__file__).parents[3])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(decord_reader.__file__).parents[4])
 
 
 @pytest.mark.parametrize("name", VIDEOS)

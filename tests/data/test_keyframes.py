@@ -11,9 +11,10 @@ import pytest
 from numbered import differ, encode, number_in, pictures, sequential
 from odd_files import SIZE, resized
 
-from cogvideox.data.media import decode, packets
+from cogvideox.data.media.container import packets
+from cogvideox.data.media.container.keyframes import KeyframeHeaders
 from cogvideox.data.media.faults import AGAIN, VideoError
-from cogvideox.data.media.keyframes import KeyframeHeaders
+from cogvideox.data.media.pixels import decode
 
 COUNT, GOP = 96, 12
 CORRUPT = VideoError(f"is damaged: a frame does not decode; {AGAIN}")

@@ -25,7 +25,7 @@ from odd_files import (
 )
 from PIL import Image
 
-from cogvideox.data.media.decode import VideoError, probe, read_frames
+from cogvideox.data.media.pixels.decode import VideoError, probe, read_frames
 from cogvideox.data.records import UNREADABLE
 
 Read = Callable[[Case], tuple[Path, Outcome]]

@@ -10,7 +10,7 @@ from numbered import COUNT, HEIGHT, RATE, WIDTH, number_in, picture
 from odd_files import SIZE, sounds, two_streams
 from old_avi import DROPPED, dropped, dropped_by_encoder, packed, repeated
 
-from cogvideox.data.media.decode import VideoError, probe, read_frames
+from cogvideox.data.media.pixels.decode import VideoError, probe, read_frames
 
 ALL = list(range(COUNT))
 REPEATED = [repeated(number) for number in ALL]

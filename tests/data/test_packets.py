@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from striped import COUNT, HEIGHT, RATE, WIDTH, encode, picture, read_numbers
 
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 VP9 = {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}}
 PROMISING: dict[str, dict[str, Any]] = {

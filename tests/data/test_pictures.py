@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from cogvideox.data.media import faults
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 HEIGHT, WIDTH = 48, 80
 ORIENTATION = 0x0112

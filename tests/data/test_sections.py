@@ -13,8 +13,8 @@ from running import prepare
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.clips import ClipRecipe, decode_variant, measure_clip, plan_clip
-from cogvideox.data.media.decode import write_video
 from cogvideox.data.media.frames import Section
+from cogvideox.data.media.pixels.decode import write_video
 
 RECIPE = ClipRecipe((Bucket(9, 32, 32),), 8.0, "middle", 0, 0, "none", 0.0, 1, 42)
 

@@ -22,7 +22,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CachedSample, TensorCache, open_index
 from cogvideox.data.dataset import read_moments
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.evaluation import before_after
 from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter, nearest_samples
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator

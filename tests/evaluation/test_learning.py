@@ -16,7 +16,7 @@ from cogvideox.config.flags import DataFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.clips import decode_variant, plan_clip
-from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.data.recipe import clip_recipe
 
 MODEL = ROOT / "examples" / "model"

@@ -21,7 +21,7 @@ from preparing import decode_inline
 from cogvideox import stopping
 from cogvideox.config.args import parse
 from cogvideox.config.options import CaptionOptions
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.errors import UsageError
 from cogvideox.preparation.captioning import missing_captions, vision_server
 
@@ -96,7 +96,7 @@ def test_frames_are_spread_over_the_time_of_the_clip(
     folder: Path, caption: Callable[..., int], server: CaptionServer
 ) -> None:
     """The first and the last picture are those of the clip, and each is announced with its time."""
-    from cogvideox.data.media.decode import probe
+    from cogvideox.data.media.pixels.decode import probe
 
     assert caption(folder, "--caption_frames", 3, "--max_captions", 1, "--caption_prompt", "{file} in {folder}") == 0
     times = probe(folder / "a.mp4").times
@@ -525,7 +525,7 @@ def expected_answer(vision: Path, clip: Path) -> str:
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from cogvideox.data.media.stills import stills_of
+    from cogvideox.data.media.pixels.stills import stills_of
 
     stills = stills_of(str(clip), 2, 512)
     assert isinstance(stills, missing_captions.Stills)

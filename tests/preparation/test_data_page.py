@@ -18,7 +18,7 @@ from browser import Browser, find_browser
 from PIL import Image
 from preparing import InlineWorkers, preparation
 
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.preparation import data_page, prepare, report
 from cogvideox.preparation.data_page import note_list
 

@@ -26,7 +26,7 @@ from cogvideox.data.cache import Ledger, TensorCache, open_index
 from cogvideox.data.clips import decode_variant
 from cogvideox.data.health import Health, health_of
 from cogvideox.data.media import workers
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.data.media.transforms import Fit
 from cogvideox.data.media.workers import Killed, Workers
 from cogvideox.data.records import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant

@@ -17,7 +17,7 @@ from preparing import preparation, tensor_files
 from cogvideox.config.args import parse
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import open_index
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.errors import UsageError
 from cogvideox.preparation import pictures as pictures_module
 from cogvideox.preparation import report

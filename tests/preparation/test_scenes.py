@@ -18,7 +18,7 @@ from running import prepare
 from cogvideox.config.args import parse
 from cogvideox.config.options import SceneOptions
 from cogvideox.data.forms import scene_table
-from cogvideox.data.media.decode import probe, read_frames, write_video
+from cogvideox.data.media.pixels.decode import probe, read_frames, write_video
 from cogvideox.errors import UsageError
 from cogvideox.preparation.scenes import cut_sheet, splitting
 

@@ -22,6 +22,8 @@ LAYERS = (
     ("caches", "errors", "files", "finite", "host_memory", "locks", "progress", "rng", "stopping", "tensor_files"),
     ("config",),
     ("data.media",),
+    ("data.media.colors", "data.media.container"),
+    ("data.media.pixels",),
     ("data.forms",),
     ("data",),
     ("memory",),
@@ -52,7 +54,7 @@ def layer_of(module: str) -> str:
 
 # Without torch, scripts show --help and report all problems, and workers start.
 WITHOUT_TORCH = (
-    *(name for name in FILES if layer_of(name) in ("config", "data", "data.media", "data.forms")),
+    *(name for name in FILES if layer_of(name).split(".")[0] in ("config", "data")),
     *("caches", "errors", "files", "locks", "rng", "stopping", "runtime.sheets", "runtime.curves"),
 )
 WITHOUT_TORCH = tuple(name for name in WITHOUT_TORCH if name != "data.dataset")

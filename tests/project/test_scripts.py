@@ -41,7 +41,7 @@ from running import (
 from safetensors import safe_open
 
 from cogvideox import loop
-from cogvideox.data.media.decode import probe
+from cogvideox.data.media.pixels.decode import probe
 from cogvideox.errors import UsageError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import Browser, find_browser
 
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.runtime.report import RunFiles, write_report
 
 PROMPT = 'TOKEN a "red" <b>fox</b> & a hare </script>'

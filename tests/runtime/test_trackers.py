@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 from running import LORA_SCRIPT, PROMPT, Forked, finish, lora_flags, python
 
 from cogvideox.config.conflicts import check_trackers
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.evaluation.health import read_video
 from cogvideox.runtime import trackers
 

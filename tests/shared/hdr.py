@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from numbered import RATE, add_stream, pictures, written
 
-from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 VP9 = SAMPLES / "hlg_vp9.webm"  # the numbered pictures; the libvpx of PyAV encodes 8 bits only

@@ -12,8 +12,8 @@ from typing import Any
 import av
 import numpy as np
 
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.frames import VideoInfo
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 HEIGHT, WIDTH, RATE, COUNT = 64, 96, 30, 60
 CLOCK = Fraction(1, RATE)

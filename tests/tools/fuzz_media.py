@@ -34,7 +34,7 @@ from numbered import COUNT, differ, encode, keyframes, number_in, plain, sequent
 from odd_files import CLIP_FRAMES, SIZE, Outcome, outcome_of, still, transparent, two_streams
 from old_avi import dropped_by_encoder, packed, repeated
 
-from cogvideox.data.media.decode import probe
+from cogvideox.data.media.pixels.decode import probe
 from cogvideox.data.records import UNREADABLE
 from cogvideox.errors import UsageError
 

@@ -18,6 +18,9 @@ These are the folders:
 
 config/                  parses the command line, and reads the config files of a model
 data/media/              opens, checks, decodes and converts videos and images, which no other folder does
+data/media/colors/       converts colors and transparency of decoded frames
+data/media/container/    reads the packets of video files
+data/media/pixels/       decodes chosen frames, and writes mp4 files
 data/forms/              reads folders, lists and tables of clips into samples
 data/                    selects frames of clips, caches tensors, and puts samples into batches
 memory/                  streams host memory through the device while it computes

@@ -15,8 +15,8 @@ from cogvideox.config.optimizers import check_optimizer, check_state_place
 from cogvideox.config.options import TrainOptions, image_flags, is_url
 from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
 from cogvideox.data.forms.samples import check_data_roots
-from cogvideox.data.media.decord_reader import check_reader
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decord_reader import check_reader
 from cogvideox.errors import public_urls
 from cogvideox.preparation.factory import check_tensors
 
@@ -49,7 +49,7 @@ def check_images(options: TrainOptions) -> Iterator[str]:
 
 def image_problems(path: str) -> Iterator[str]:
     """Yields what is wrong with a file that should be a still image."""
-    from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
+    from cogvideox.data.media.pixels.pictures import is_picture, probe_picture, read_picture
 
     try:
         if not is_picture(path):

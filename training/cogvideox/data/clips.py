@@ -24,9 +24,9 @@ import numpy as np
 from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
 from cogvideox.data.health import health_of, look_of
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo, frame_indices, frames_available
+from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.data.media.transforms import apply_fit, fit
 from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
 from cogvideox.errors import UsageError, one_line

@@ -17,8 +17,8 @@ import torch
 from cogvideox.data.cache import CachedSample, CacheError
 from cogvideox.data.dataset import read_moments
 from cogvideox.data.health import Health, health_of, mean_health
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.evaluation.validation import Validator
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run

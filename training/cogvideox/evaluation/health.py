@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox.data.health import STATIC, Health, blanks, health_of, mean_health
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.runtime.metrics import read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, write_metrics
 

@@ -16,7 +16,7 @@ from urllib.request import Request
 from cogvideox.config.options import TrainOptions, is_url
 from cogvideox.config.prompts import images_of
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.pictures import probe_picture, read_picture
+from cogvideox.data.media.pixels.pictures import probe_picture, read_picture
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import temporary_of, write_atomically
 from cogvideox.model.tasks import IMAGE_NAME

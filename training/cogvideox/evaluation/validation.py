@@ -27,7 +27,7 @@ from cogvideox import stopping
 from cogvideox.config.options import TrainOptions
 from cogvideox.config.prompts import prompts_of
 from cogvideox.data.cache import TensorCache
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.data.sampler import Order
 from cogvideox.errors import first_line
 from cogvideox.files import write_atomically

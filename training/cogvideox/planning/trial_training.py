@@ -17,7 +17,7 @@ import torch
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import Geometry, read_geometry
-from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.errors import UsageError
 from cogvideox.runtime.metrics import column, read_records
 

@@ -20,7 +20,7 @@ from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CacheIndex, open_index, publishing
 from cogvideox.data.clips import time_decode
 from cogvideox.data.forms.samples import Sample
-from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
+from cogvideox.data.media.colors.sdr import HDR, WHITE, is_wide_sdr
 from cogvideox.data.records import SHORT, SMALL
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
 from cogvideox.errors import UsageError

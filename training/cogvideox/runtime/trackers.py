@@ -15,9 +15,9 @@ from PIL import Image
 
 from cogvideox.config.args import config_dict
 from cogvideox.config.options import TrainOptions, tracker_names
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.stills import small_size
+from cogvideox.data.media.pixels.decode import probe, read_frames
+from cogvideox.data.media.pixels.stills import small_size
 from cogvideox.errors import UsageError, first_line
 from cogvideox.runtime.run import Run
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from cogvideox import stopping
 from cogvideox.config.flags import CaptionFlags
 from cogvideox.data.forms.uncaptioned import Uncaptioned
-from cogvideox.data.media.stills import Stills, stills_of
+from cogvideox.data.media.pixels.stills import Stills, stills_of
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of, one_line
 from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cogvideox.config.flags import CaptionFlags
-from cogvideox.data.media.stills import Stills
+from cogvideox.data.media.pixels.stills import Stills
 from cogvideox.errors import UsageError, first_line
 from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request, caption_in, content_of
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogvideox.config.flags import CaptionFlags
-from cogvideox.data.media.stills import Stills
+from cogvideox.data.media.pixels.stills import Stills
 from cogvideox.errors import UsageError, one_line
 
 KEY_VARIABLE = "OPENAI_API_KEY"

@@ -17,7 +17,7 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.forms.scene_table import Clip
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo
-from cogvideox.data.media.stills import info_of, small_frames
+from cogvideox.data.media.pixels.stills import info_of, small_frames
 from cogvideox.data.media.workers import Limits, Workers, usual_number
 from cogvideox.files import stamp_of
 from cogvideox.progress import ProgressBar

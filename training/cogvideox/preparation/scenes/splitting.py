@@ -27,7 +27,7 @@ from cogvideox.data.clips import bad_line
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.scene_table import Clip, SceneTable, clips_of
 from cogvideox.data.media.frames import Section, VideoInfo
-from cogvideox.data.media.stills import info_of, small_frames
+from cogvideox.data.media.pixels.stills import info_of, small_frames
 from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
 from cogvideox.errors import one_line
 from cogvideox.preparation.captions import plural

@@ -24,11 +24,11 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from cogvideox.data.media.container.joined import second_file
+from cogvideox.data.media.container.keyframes import KeyframeHeaders
+from cogvideox.data.media.container.mpeg4 import Picture, unpacker
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import PacketIndex
-from cogvideox.data.media.joined import second_file
-from cogvideox.data.media.keyframes import KeyframeHeaders
-from cogvideox.data.media.mpeg4 import Picture, unpacker
 
 MAX_FRAMES = 200_000
 

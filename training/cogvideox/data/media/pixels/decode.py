@@ -27,15 +27,22 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from cogvideox.data.media.alpha import is_transparent, on_black
-from cogvideox.data.media.colors import UNSPECIFIED, ColorTags, SdrConverter
-from cogvideox.data.media.decord_reader import read_with_decord
+from cogvideox.data.media.colors.alpha import is_transparent, on_black
+from cogvideox.data.media.colors.planes import EXACT_SCALING, plane_array
+from cogvideox.data.media.colors.sdr import UNSPECIFIED, ColorTags, SdrConverter
+from cogvideox.data.media.container.mpeg4 import unpacker
+from cogvideox.data.media.container.packets import (
+    decode_packet,
+    existing_stamp,
+    open_video,
+    scan,
+    size_change,
+    strict_decoder,
+)
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
-from cogvideox.data.media.mpeg4 import unpacker
-from cogvideox.data.media.packets import decode_packet, existing_stamp, open_video, scan, size_change, strict_decoder
-from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
-from cogvideox.data.media.planes import EXACT_SCALING, plane_array
+from cogvideox.data.media.pixels.decord_reader import read_with_decord
+from cogvideox.data.media.pixels.pictures import is_picture, probe_picture, read_picture
 from cogvideox.files import disk_errors_converted, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:

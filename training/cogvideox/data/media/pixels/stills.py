@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo, frame_indices
+from cogvideox.data.media.pixels.decode import probe, read_frames
 
 JPEG_QUALITY = 90
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps
 
+from cogvideox.data.media.colors.icc import srgb_transform
 from cogvideox.data.media.faults import VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import ICC, ON_BLACK, VideoInfo
-from cogvideox.data.media.icc import srgb_transform
 
 MAX_PIXELS = 100_000_000
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")

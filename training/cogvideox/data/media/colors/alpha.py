@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from cogvideox.data.media.planes import EXACT_SCALING, plane_array
+from cogvideox.data.media.colors.planes import EXACT_SCALING, plane_array
 
 # A graphic control extension of a gif with a disposal method that clears the area of the frame for the next one.
 _GIF_CLEARS = re.compile(rb"!\xf9\x04[\x08-\x0b]...\0", re.DOTALL)

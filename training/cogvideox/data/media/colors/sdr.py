@@ -15,8 +15,8 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
+from cogvideox.data.media.colors.planes import EXACT_SCALING, plane_array
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.planes import EXACT_SCALING, plane_array
 
 WHITE = 203.0  # cd/m2 of HDR that become white; ITU-R BT.2408 gives this level for graphics and paper
 HDR: dict[int, str] = {ColorTrc.ARIB_STD_B67: "hlg", ColorTrc.SMPTE2084: "pq"}
