@@ -294,11 +294,68 @@ def test_a_full_disk_is_reported(
     assert "give --checkpoints_total_limit, or free space" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("card", "flags", "processes", "bytes_of_a_weight"),
+    [
+        ("h200", "", 1, 12),  # the bf16 weight, 16 low bits of its master, and two fp32 moments
+        ("h200", "", 2, 12),  # a complete copy of the model on each GPU
+        ("h100", "", 2, 14),  # sharded: the masters are saved completely
+        ("h200", "--use_ema", 1, 18),  # the saved weights are those of the average, so the masters are saved too
+        ("h200", "--use_8bit", 2, 6),
+        ("h200", "--plan off", 2, 12),
+    ],
+)
+def test_the_size_of_a_checkpoint_follows_from_what_stores_the_weights(
+    card: str,
+    flags: str,
+    processes: int,
+    bytes_of_a_weight: int,
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+    given = ["--load_tensors", "--gpu", card, "--host_memory", "400", "--train_batch_size", "1", *flags.split()]
+    assert predict(published, index, tmp_path / "out", *given, script=TEXT_SFT) == 0
+    text = capsys.readouterr().out
+    assert ("sharded over" in text) == (bytes_of_a_weight == 14)
+    one, result = number(r"checkpoints of ([\d.]+)", text), number(r"result ([\d.]+)", text)
+    assert one / result == pytest.approx(bytes_of_a_weight / 2, rel=0.01)
+
+
 def test_what_no_plan_runs_is_not_predicted(
     published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", bf16=False) == 0
-    assert "not predicted: requires --mixed_precision bf16 or fp16 on a GPU" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "not predicted: requires --mixed_precision bf16 or fp16 on a GPU" in text
+    assert "disk: " in text  # which does not depend on a plan
+
+
+# -- what the run itself refuses ---------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_the_run_cannot_follow_is_refused(published: Path, index: Path, tmp_path: Path) -> None:
+    flags = ("--load_tensors", "--gpu", "h100", "--plan", "lean")
+    with pytest.raises(UsageError, match="--plan lean: requires --mixed_precision bf16 or fp16 on a GPU; leave it out"):
+        predict(published, index, tmp_path / "out", *flags, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--keep_best", "--keep_best: there are no clips to measure the loss on"),
+        ("--id_token ANOTHER", "--id_token ANOTHER: the captions were prepared without it"),
+    ],
+)
+def test_prepared_data_that_the_run_refuses_are_refused(
+    flags: str, problem: str, published: Path, index: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", *flags.split())
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

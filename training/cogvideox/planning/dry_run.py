@@ -36,6 +36,7 @@ from cogvideox.config.options import (
     noise_variants,
     precision_of,
     samples_per_step,
+    under_deepspeed,
 )
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import open_index
@@ -43,7 +44,7 @@ from cogvideox.data.sampler import Order
 from cogvideox.errors import UsageError
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
-from cogvideox.model.methods import Method
+from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import ignore_learned_positions
 from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
@@ -54,13 +55,15 @@ from cogvideox.planning.execution import (
     drops_out,
     limit_device_memory,
     measure_machine,
-    obstacle_to_plan,
+    no_plan_reason,
     ranks_here,
+    shards_of,
     sizes_from_options,
 )
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
+from cogvideox.preparation.tensors import check_suitable
 from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
 from cogvideox.runtime.ranks import alone
 from cogvideox.runtime.run import PRECISIONS
@@ -135,17 +138,18 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     lines = [f"data: {counts}", f"steps: {run.steps} of {number} {'sample' if number == 1 else 'samples'}"]
     transformer = empty_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
-        return [*lines, f"memory and time are not predicted: {reason}"], True
+        disk, enough = disk_line(options, samples, run, transformer)
+        return [*lines, f"memory and time are not predicted: {reason}", disk], enough
     sizes = sizes_from_options(run, options, run.geometry, buckets, transformer)
     machine, backend, name = machine_for(run, options, sizes)
     lines.insert(0, f"{name}; {machine.host_bytes / GIB:.1f} GiB of free host memory for each process")
-    disk, enough = disk_line(options, samples, sizes, run, transformer)
     try:
-        lines += plan_lines(plan_for(run, options, buckets, machine, backend), machine, run)
-        return [*lines, disk], enough
+        plan = plan_for(run, options, buckets, machine, backend)
     except NoPlanError as error:
         lines += [f"does not fit: {error}", *ways_out(run, options, buckets, machine, backend)]
-        return [*lines, disk], False
+        return [*lines, disk_line(options, samples, run, transformer)[0]], False
+    disk, enough = disk_line(options, samples, run, transformer, plan)
+    return [*lines, *plan_lines(plan, machine, run), disk], enough
 
 
 def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[str]:
@@ -168,7 +172,7 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
     """Returns the training samples: those of a prepared folder, or those that the headers of the clips promise.
 
     Raises:
-        UsageError: The folder has no index, or too many clips are unusable.
+        UsageError: The folder has no index, or does not suit the flags or the model; or too many clips are unusable.
     """
     root = Path(options.data.data_root[0])
     if options.loader.load_tensors:
@@ -177,6 +181,7 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
             rule = "a folder of the CogVideoX factory has no index until a run has converted it"
             raise UsageError(f"--dry_run: {rule}; start the run once, or give the clips without --load_tensors")
         index = open_index(folder)
+        check_suitable(index, geometry, options)
         return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0)
     folder, variants = Path(str(options.loader.tensor_cache)), noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, alone(), variants)
@@ -195,15 +200,24 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
 
 
 def disk_line(
-    options: TrainOptions, samples: Samples, sizes: Sizes, run: PlannedRun, transformer: Any
+    options: TrainOptions, samples: Samples, run: PlannedRun, transformer: Any, plan: ExecutionPlan | None = None
 ) -> tuple[str, bool]:
-    """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result."""
+    """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result.
+
+    Args:
+        options: The flags of the script.
+        samples: The training samples.
+        run: What is predicted.
+        transformer: The transformer, without weights.
+        plan: The plan of the run; None if it has none.
+    """
     train = options.train
     kept = new_at_once(train, 0, run.steps)
-    refers = not isinstance(options, LoraOptions) and not options.loss.use_ema and run.world == 1
-    one = checkpoint_bytes(options, sizes.all_trained, run.dtype, torch.device("cpu"), refers)
-    all_weights = sum(parameter.numel() for parameter in transformer.parameters())
-    result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes
+    sharded = plan.sharded if plan is not None else shards_of(options, run.world) > 1
+    refers = not (isinstance(options, LoraOptions) or options.loss.use_ema or sharded or under_deepspeed())
+    trained = sum(parameter.numel() for parameter in trainable(transformer).values())
+    one = checkpoint_bytes(options, trained, run.dtype, torch.device("cpu"), refers)
+    result = trained * run.dtype.itemsize
     output = Path(train.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
     needed, free = samples.encoded_bytes + kept * one + result, shutil.disk_usage(folder).free
@@ -239,12 +253,6 @@ def _empty_transformer(method: type[Method], dtype: torch.dtype, options: TrainO
         if isinstance(options, LoraOptions):  # initial values need weights, and do not change sizes
             options = replace(options, lora=replace(options.lora, init_lora_weights="default", lora_path=None))
         return method(transformer, options).transformer
-
-
-def no_plan_reason(run: PlannedRun, options: TrainOptions, transformer: Any) -> str | None:
-    """Returns why the run uses diffusers' own blocks, whose memory and time are not predicted, or None."""
-    obstacle = obstacle_to_plan(run, options, transformer)
-    return obstacle or ("--plan off runs the blocks of diffusers" if options.plan.plan == "off" else None)
 
 
 def plan_for(

@@ -120,21 +120,17 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     asked = asked_of_plan(options)
-    obstacle = obstacle_to_plan(run, options, transformer)
-    if obstacle and asked:
-        raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
-    if obstacle and under_fsdp():
-        raise UsageError(f"accelerate launch: FSDP {obstacle}")
-    if options.plan.plan == "off" or obstacle or (not asked and run.device.type == "cpu" and not under_fsdp()):
+    reason = no_plan_reason(run, options, transformer)
+    if reason or (not asked and run.device.type == "cpu" and not under_fsdp()):
         return reference
     try:
-        backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
+        backend, why = choose_backend(run.device, run.dtype, options.plan.attention_backend)
     except ValueError as error:
         if not asked and not under_fsdp():
             run.say(f"no plan: {error}")
             return reference
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
-    run.say(f"attention by {backend}: {reason}")
+    run.say(f"attention by {backend}: {why}")
     buckets, precision = buckets_of(tensors), base_precision(options)
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
     # Machines may have different numbers of ranks, but all ranks must choose the same plan.
@@ -263,6 +259,21 @@ def compiles(run: Target, wanted: str, drops: bool) -> bool:
             raise UsageError("--compile_blocks yes: dropout cannot be compiled; give --lora_dropout 0, or leave it out")
         return False
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
+
+
+def no_plan_reason(run: Target, options: TrainOptions, transformer: nn.Module) -> str | None:
+    """Returns why a run uses diffusers' own blocks, or None if a Stack can run them.
+
+    Raises:
+        UsageError: A flag or the launcher asks for something that only a Stack can do, and it cannot run this model.
+    """
+    asked = asked_of_plan(options)
+    obstacle = obstacle_to_plan(run, options, transformer)
+    if obstacle and asked:
+        raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
+    if obstacle and under_fsdp():
+        raise UsageError(f"accelerate launch: FSDP {obstacle}")
+    return obstacle or ("--plan off runs the blocks of diffusers" if options.plan.plan == "off" else None)
 
 
 def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module) -> str | None:

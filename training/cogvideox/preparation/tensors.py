@@ -56,16 +56,12 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
         run.ranks.check_shared(folder, "--tensor_cache")
         index = convert_here(run, options, geometry, encoders, folder)
-        check_flags(index, options.data)
     else:
         folder, index = root, open_index(root)
         check_index(index, encoders, folder)
-        check_flags(index, options.data)
     encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
-    if (given := held_out_flags(options)) and not index.validation:
-        rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
-        raise UsageError([f"{flag}: {rule}" for flag in given])
-    check_first_frames(index, geometry, options)
+    if options.loader.load_tensors:
+        check_suitable(index, geometry, options)
     index = index if image_flags(options) is not None else index.without_images()
     run.say(f"{len(index.samples)} clips in {folder}")
     if options.loader.load_tensors:
@@ -93,6 +89,20 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
     image_variants = noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
     return prepare_and_report(preparation, run.say)
+
+
+def check_suitable(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
+    """Checks that a prepared folder has what the flags and the model need.
+
+    Raises:
+        UsageError: The flags describe other samples, there are no held-out clips although a flag needs them, or the
+            model has no positions for a bucket.
+    """
+    check_flags(index, options.data)
+    if (given := held_out_flags(options)) and not index.validation:
+        rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
+        raise UsageError([f"{flag}: {rule}" for flag in given])
+    check_first_frames(index, geometry, options)
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
