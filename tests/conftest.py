@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 # What one run of the tests leaves makes the next one faster, but it does not belong among the caches of the user.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parents[1] / ".cache")
+os.environ["MKL_CBWR"] = "AUTO"  # as the scripts do, before these tests call them in this process
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that wait for each other cost more
 if "COGVIDEOX_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the references are exact on a CPU only

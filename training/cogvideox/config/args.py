@@ -414,6 +414,8 @@ def run_script(
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # a log would get a line for each change of the bars of other libraries
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Without it, sums that MKL computes on a CPU depend on the memory addresses of the tensors.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     try:
         status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:
