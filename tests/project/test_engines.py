@@ -173,6 +173,11 @@ class Runs:
         weights = sum(tensor.nbytes for tensor in safetensors_of(self.folder / "one" / "transformer").values())
         return [int(line) / weights for line in Path(f"{self.folder / name}.bytes{rank}").read_text().split()]
 
+    def bytes_read(self, name: str, rank: int, checkpoint: str) -> int:
+        """Returns how many bytes of a checkpoint a rank has read, to verify it and to load its shards."""
+        lines = [line.split(" ", 1) for line in Path(f"{self.folder / name}.bytes{rank}.read").read_text().splitlines()]
+        return sum(int(count) for count, path in lines if checkpoint in Path(path).parts)
+
     def check(self, name: str) -> None:
         """Compares a run with that of one process: losses, masters, moments, averages and exported weights."""
         assert losses(self.folder / name) == pytest.approx(losses(self.folder / "one"), rel=1e-5)
@@ -240,6 +245,22 @@ def test_a_run_continues_with_another_engine(runs: Callable[..., Runs]) -> None:
     for step, (ranks, environment) in enumerate([(2, ZERO2), (3, FSDP), (1, COPIES), (2, ZERO3)], 1):
         assert ("resuming from" in made.train("other", ranks, step, environment)) == (step > 1)
     made.check("other")
+
+
+@pytest.mark.parametrize("environment", [FSDP, ZERO2], ids=["fsdp", "zero2"])
+def test_only_the_first_rank_reads_all_of_a_sharded_checkpoint(
+    runs: Callable[..., Runs], environment: dict[str, str]
+) -> None:
+    """It verifies all files, and then loads its shards as the other one does."""
+    made, name = runs("5b", 6, False), f"resumed {len(environment)}"
+    made.train(name, 2, STEPS // 2, environment)
+    folder = made.folder / name / f"checkpoint-{STEPS // 2}"
+    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shards = sum((folder / file).stat().st_size for file in (STATE_NAME, EMA_NAME)) / 2
+    made.train(name, 2, STEPS, environment)
+    first, second = (made.bytes_read(name, rank, folder.name) for rank in range(2))
+    assert second == pytest.approx(shards, rel=0.1)
+    assert first == pytest.approx(everything + shards, rel=0.1)
 
 
 @pytest.mark.parametrize("environment", [FSDP, pytest.param(ZERO3, marks=pytest.mark.long)], ids=["fsdp", "zero3"])

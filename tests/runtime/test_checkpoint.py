@@ -15,7 +15,19 @@ from typing import Any
 import pytest
 import torch
 from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, listing, options_of, run_alone, save_steps, saver_of
-from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
+from running import (
+    LORA_SCRIPT,
+    PROMPT,
+    equal,
+    finish,
+    fork_ranks,
+    lora_flags,
+    losses,
+    metrics,
+    python,
+    train,
+    weights,
+)
 
 from cogvideox import tensor_files
 from cogvideox.data.cache import hash_of
@@ -108,6 +120,18 @@ def test_a_checkpoint_in_another_folder_is_the_one_that_is_loaded(tmp_path: Path
     engine.weight = torch.full((8,), 7.0)
     saver_of(run_alone(tmp_path / "other"), engine).save(2)
     assert resumed(tmp_path / "own", "--resume_from_checkpoint", tmp_path / "other" / "checkpoint-2") == (2, 7.0)
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank has found a folder that exists on its machine only."""
+    save_steps(run_alone(tmp_path / "first"), 2)
+    there, run = tmp_path / "first" / "checkpoint-2", run_alone(tmp_path / "own")
+    seen_by_first = {f"in {tmp_path / 'missing'} the manifest": checkpoint.file_hash(there / MANIFEST_NAME)}
+    monkeypatch.setattr(run.ranks, "is_main_process", False)
+    monkeypatch.setattr(run.ranks, "from_main", lambda _: (tmp_path / "missing", None))
+    monkeypatch.setattr(run.ranks, "gather", lambda values: [seen_by_first, *values])
+    with pytest.raises(UsageError, match=r"process 1 has in .*missing the manifest None, .*that all machines share"):
+        find_start(run, {"seed": 1}, options_of(tmp_path / "own"))
 
 
 @pytest.mark.fault("checkpoints: all checkpoints are damaged")
@@ -497,6 +521,14 @@ def test_a_run_from_an_older_checkpoint_removes_the_later_ones_at_its_first_save
     assert seen[:2] == [["checkpoint-6", "checkpoint-4", "checkpoint-2"], ["checkpoint-3", "checkpoint-2"]]
     assert equal(weights(again), weights(reference))
     assert losses(again) == losses(reference)
+
+
+def test_every_rank_refuses_a_damaged_checkpoint_that_is_requested(model: Path, tensors: Path, again: Path) -> None:
+    flip_byte(again / "checkpoint-6" / "optimizer.safetensors")
+    flags = lora_flags(model, tensors, again, "--load_tensors", "--resume_from_checkpoint", "checkpoint-6")
+    for rank in fork_ranks(2, python(LORA_SCRIPT, *flags)):
+        said = finish(rank, 2)
+        assert "--resume_from_checkpoint checkpoint-6: optimizer.safetensors is not what was written; in" in said
 
 
 @pytest.mark.fault("checkpoints: the newest checkpoint is damaged")

@@ -1,8 +1,14 @@
-"""Counts the bytes of all tensors of a process, which shows whether an engine really divides its state."""
+"""Counts the bytes of all tensors of a process, and those that it reads of checkpoints.
+
+They show whether an engine really divides its state.
+"""
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,3 +39,25 @@ def report_at_saves(path: Path) -> None:
         save(saver, step)
 
     Saver.save = counted  # type: ignore[method-assign]
+
+
+def report_reads(path: Path) -> None:
+    """Makes this process append to a file the bytes of all files that it hashes, and of all shards that it loads."""
+    from cogvideox.optimizer import engine
+
+    digest, read = hashlib.file_digest, engine.read_shards
+
+    def report(source: object, count: int) -> None:
+        with open(path, "a") as file:
+            file.write(f"{count} {source}\n")
+
+    def hashed(source: Any, *arguments: Any) -> Any:
+        report(source.name, os.fstat(source.fileno()).st_size)
+        return digest(source, *arguments)
+
+    def loaded(source: Path, shards: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read(source, shards):
+            report(source, tensor.nbytes)
+            yield name, tensor
+
+    hashlib.file_digest, engine.read_shards = hashed, loaded

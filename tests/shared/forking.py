@@ -101,6 +101,7 @@ def become(request: dict[str, Any]) -> None:
         disk_faults.refuse(*fault)
     if "COUNT_BYTES" in os.environ:
         census.report_at_saves(Path(os.environ["COUNT_BYTES"] + os.environ["RANK"]))
+        census.report_reads(Path(os.environ["COUNT_BYTES"] + os.environ["RANK"] + ".read"))
 
 
 def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:

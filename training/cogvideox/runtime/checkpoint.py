@@ -551,18 +551,29 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
     """Finds the newest complete checkpoint, or the requested one, and compares its recipe with this run's.
 
     This needs no model. ``recipe`` has everything but the data, which ``check_same_samples`` compares once they are
-    known.
+    known. Only the main process reads all files to verify them; of a sharded checkpoint, the others load a part.
 
     Raises:
-        UsageError: The requested checkpoint does not exist, is damaged, or was made with other settings.
+        UsageError: The requested checkpoint does not exist, is damaged, or was made with other settings, or a process
+            does not see it. Every rank raises it.
     """
     if run.is_main:
         for leftover in run.output_dir.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
             shutil.rmtree(leftover)
     run.barrier()
-    folder = find_checkpoint(run, options.train.resume_from_checkpoint)
+    folder, problem = None, None
+    if run.is_main:
+        try:
+            folder = find_checkpoint(run, options.train.resume_from_checkpoint)
+        except UsageError as error:
+            problem = error
+    folder, problem = run.from_main((folder, problem))
+    if problem is not None:
+        raise problem
     if folder is None:
         return StartPoint()
+    seen = file_hash(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).exists() else None
+    run.ranks.check_agreement({f"in {folder} the manifest": seen}, "give a folder that all machines share")
     progress = json.loads((folder / PROGRESS_NAME).read_text())
     start = StartPoint(folder, progress["step"], progress["recipe"])
     check_recipe(start, recipe, options)
