@@ -17,6 +17,7 @@ from running import ROOT
 
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
+from cogvideox.config.conflicts import check_launcher
 from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
@@ -442,9 +443,14 @@ def test_train_resolution_replaces_the_lists_of_buckets() -> None:
         (LORA, ("--init_lora_weights", "pissa", "--use_dora"), "--init_lora_weights pissa: contradicts --use_dora"),
         (
             LORA,
-            ("--init_lora_weights", "pissa", "--lora_alpha", "0"),
-            "--lora_alpha 0: PiSSA divides by the scale of the LoRA; nearest: --lora_alpha 64",
+            ("--lora_alpha", "0"),
+            "--lora_alpha 0: the output of the LoRA is multiplied by it, so that nothing would be trained; ",
         ),
+        (LORA, ("--validation_prompt", " "), "--validation_prompt: has no prompt"),
+        (LORA, ("--validation_prompt", "::: ", "--do_validation"), "--validation_prompt: has no prompt"),
+        (LORA, ("--validation_prompt", "p", "--validation_prompt_separator", ""), "--validation_prompt_separator: is"),
+        (LORA, ("--gradient_checkpointing", "--keep", "all"), "--gradient_checkpointing: contradicts --keep all"),
+        (SFT, ("--gradient_checkpointing", "--keep", "linear"), "--gradient_checkpointing: contradicts --keep linear"),
         (LORA, ("--plan", "lean", "--use_dora"), "--plan lean: contradicts --use_dora"),
         (
             LORA,
@@ -683,6 +689,59 @@ def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: 
     for more in (("--validation_prompt", "p"), ("--validation_data_root", "v"), ("--do_validation", "false")):
         parse(flag, "10", *more)
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "remark"),
+    [
+        (LORA, "--lr_warmup_steps 100", "--lr_warmup_steps: has no effect; --lr_scheduler constant does not use it"),
+        (SFT, "--lr_num_cycles 2 --lr_scheduler cosine", "--lr_num_cycles: has no effect; --lr_scheduler cosine does"),
+        (SFT, "--lr_power 2", "--lr_power: has no effect; --lr_scheduler constant does not use it; give polynomial"),
+        (LORA, "--frame_buckets 9 49 65", "--frame_buckets: 65 frames are longer than --max_num_frames 49, so no clip"),
+        (
+            PREPARE,
+            "--train_resolution 9x64x96 49x64x96 65x64x96 --max_num_frames 9",
+            "--train_resolution: 49 and 65 frames are longer than --max_num_frames 9, so no clip is trained at them; "
+            "give --max_num_frames 65",
+        ),
+        (LORA, "--tracker_name mine", "--tracker_name: has no effect; there is no tracker; give --report_to"),
+        (LORA, "--logging_dir l --report_to wandb", "--logging_dir: has no effect; only tensorboard writes there"),
+        (LORA, "--num_validation_videos 2", "--num_validation_videos: has no effect; there is no --validation_prompt"),
+        (LORA, "--load_tensors --decode_timeout 9", "--decode_timeout: has no effect; --load_tensors decodes no clip"),
+        (CAPTION, "--endpoint http://localhost/v1 --request_timeout 9", ""),
+        (LORA, "--lr_warmup_steps 0 --lr_num_cycles 1 --lr_power 1", ""),
+        (LORA, "--lr_warmup_steps 9 --lr_num_cycles 2 --lr_scheduler cosine_with_restarts", ""),
+        (LORA, "--preset style --lr_scheduler constant", ""),
+        (LORA, "--frame_buckets 9 49 65 --max_num_frames 65", ""),
+        (LORA, "--tracker_name mine --logging_dir l --report_to tensorboard", ""),
+        (LORA, "--num_validation_videos 2 --validation_prompt p", ""),
+    ],
+)
+def test_flags_without_effect_beside_others_are_remarked(
+    script: str, given: str, remark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published commands have such flags, so the run continues."""
+    parse(*given.split(), script=script)
+    text = capsys.readouterr().err
+    assert text.startswith(remark)
+    assert len(text.splitlines()) == bool(remark)
+
+
+def test_requests_without_a_server_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    args.parse(SCRIPTS[CAPTION], None, [*TRAIN_LEAST, "--caption_model", "m", "--request_attempts", "2"])
+    assert capsys.readouterr().err.startswith("--request_attempts: has no effect; there is no --endpoint")
+
+
+@pytest.mark.parametrize("precision", ["fp8", "no"])
+def test_a_precision_of_the_launcher_that_is_not_supported_is_refused(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    found = list(check_launcher(parse()))
+    assert [text.partition(";")[0] for text in found] == (
+        ["accelerate launch: mixed_precision fp8: is not supported"] if precision == "fp8" else []
+    )
+    assert not list(check_launcher(parse("--mixed_precision", "bf16")))  # which overrides it
 
 
 SIGNED = "https://me:pass@cdn.example/a/x.png?X-Signature=secret&e=1#part"

@@ -116,6 +116,9 @@ def test_flags_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.partition(":")[0] for text in problems("--plan", "lean")] == ["--plan lean"]
     (found,) = problems("--optimizer_state_on", "host")
     assert "set offload_optimizer_device: cpu" in found
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    (found,) = problems("--optimizer_state_on", "device")
+    assert found.startswith("--optimizer_state_on device: contradicts offload_optimizer_device cpu")
     (found,) = problems("--base_precision", "int8", lora=True)
     assert found.startswith("--base_precision int8: is not supported under DeepSpeed")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")

@@ -15,7 +15,7 @@ from cogvideox.config.flags import SCHEDULES, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer import step as step_module
 from cogvideox.optimizer.adam import split
-from cogvideox.optimizer.step import MasterWeights, RankNumbers, learning_rate, rate_jump, rule_of
+from cogvideox.optimizer.step import MasterWeights, RankNumbers, learning_rate, rate_jump, rule_of, warm_up_note
 
 FLAGS = OptimizerFlags(weight_decay=0.01)
 
@@ -386,6 +386,19 @@ def test_a_schedule_that_is_not_continued_is_reported_with_both_rates() -> None:
     constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant")
     assert rate_jump(constant, 1e-3, 6, 12, 1) is None
     assert "from 0.002 at step 6 to 0.001 at step 7" in (rate_jump(constant, 2e-3, 6, 12, 1) or "")
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_reported() -> None:
+    flags = OptimizerFlags(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=500)
+    line = warm_up_note(flags, 100, 1) or ""
+    assert line.startswith("the learning rate rises to 0.000198 and never reaches 0.001: --lr_warmup_steps 500 is not")
+    assert line.endswith("the 100 steps of this run; give --lr_warmup_steps 10")
+    assert warm_up_note(flags, 500, 1) is not None
+    assert max(learning_rate(flags, step, 500, 1) for step in range(500)) < 1e-3
+    assert warm_up_note(flags, 501, 1) is None
+    assert max(learning_rate(flags, step, 501, 1) for step in range(501)) == 1e-3
+    constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant", lr_warmup_steps=500)
+    assert warm_up_note(constant, 100, 1) is None
 
 
 def test_the_optimizer_takes_every_flag() -> None:

@@ -591,3 +591,12 @@ def test_an_extended_run_reports_a_jump_of_its_learning_rate(
         assert train([*flags, "--max_train_steps", str(steps), "--lr_warmup_steps", "0"]) == 0
         text = capsys.readouterr().err
         assert ("the learning rate jumps from 0.005 at step 2 to 0.00667 at step 3" in text) == said
+        assert "never reaches" not in text
+
+
+def test_a_run_that_is_shorter_than_its_warm_up_says_so(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--load_tensors", "--lr_scheduler", "linear", "--max_train_steps", 2)
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
+    assert "the learning rate rises to 2e-05 and never reaches 0.01: --lr_warmup_steps 500" in capsys.readouterr().err

@@ -51,7 +51,7 @@ from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import make_engine
-from cogvideox.optimizer.step import learning_rate, rate_jump
+from cogvideox.optimizer.step import learning_rate, rate_jump, warm_up_note
 from cogvideox.planning.block_check import check_blocks
 from cogvideox.planning.dry_run import dry_run
 from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, make_plan, measured_line
@@ -155,6 +155,8 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     order = Order(ids, buckets, samples_per_step(options, run.world), options.data.seed, stratified)
     total = order.total_steps(train.max_train_steps, train.num_train_epochs)
     check_length(start, total, run.output_dir)
+    if line := warm_up_note(options.optimizer, total, order.global_batch):
+        run.say(line)
     return Steps(order, total, recipe | {DATA: index.fingerprint}, start)
 
 

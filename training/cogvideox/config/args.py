@@ -22,7 +22,7 @@ from types import NoneType
 from typing import Any
 
 from cogvideox import __version__, caches, stopping
-from cogvideox.config.conflicts import flag_problems, idle_schedule
+from cogvideox.config.conflicts import flag_problems, idle_schedule, without_effect
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
 from cogvideox.config.options import (
@@ -261,6 +261,7 @@ def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
 def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
     """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
     yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
+    yield from without_effect(options, {name for name, source in sources.items() if source.startswith("given")})
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
     if isinstance(options, LoraOptions) and options.optimizer.offload_gradients:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from cogvideox.config.deepspeed import launch_problems
 from cogvideox.config.flags import (
+    MIXED_PRECISIONS,
     POLYNOMIAL_END,
+    SCHEDULES,
     WITH_SNR_GAMMA,
     DataFlags,
     DryRunFlags,
@@ -45,6 +47,7 @@ from cogvideox.config.options import (
     reads_clips,
     resolution,
     resolutions,
+    separated,
     target_pattern,
     tracker_names,
     trains_on_host,
@@ -53,6 +56,12 @@ from cogvideox.config.options import (
     wanted_places,
 )
 
+# The flags of learning rate schedules, with the value that has no effect anyway, and the schedules that use the flag.
+SCHEDULE_FLAGS = (
+    ("lr_warmup_steps", 0, SCHEDULES[1:]),  # all but constant
+    ("lr_num_cycles", 1, ("cosine_with_restarts",)),
+    ("lr_power", 1.0, ("polynomial",)),
+)
 LOW_BIT = ("use_8bit", "use_bf16_moments", "use_4bit", "use_fp8")  # the flags that store moments in few bits
 ONLY_TORCHAO, NOT_TORCHAO = ("use_4bit", "use_fp8"), ("use_bf16_moments", "use_stochastic_rounding")
 
@@ -191,6 +200,11 @@ def validation_problems(validation: ValidationFlags) -> Iterator[str]:
         yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
+    separator = validation.validation_prompt_separator
+    if not separator:
+        yield "--validation_prompt_separator: is empty; give the text between two prompts, such as :::"
+    elif validation.validation_prompt is not None and not separated(validation.validation_prompt, separator):
+        yield "--validation_prompt: has no prompt; write one, or leave the flag out"
     if validation.validation_prompt and validation.validation_prompts:
         yield "--validation_prompt: contradicts --validation_prompts; give one of them"
     if validation.validation_dir and not validation.validation_prompts and validation.do_validation is not False:
@@ -210,6 +224,47 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
         )
     if "ema_decay" in given and not loss.use_ema:
         yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
+
+
+def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
+    """Yields remarks about given flags whose effect other flags prevent.
+
+    Published commands have such flags, so the run continues. A value that only says what happens anyway, such as a
+    single cycle, is not remarked.
+
+    Args:
+        options: The options of the script, with derived values.
+        given: The names of the flags that the command line has.
+    """
+    found: dict[str, str] = {}
+    if isinstance(options, PrepareOptions | TrainOptions):
+        yield from longer_buckets(options.data)
+    if isinstance(options, CaptionOptions) and options.caption.endpoint is None:
+        found |= dict.fromkeys(("request_timeout", "request_attempts"), "there is no --endpoint to send a request to")
+    if isinstance(options, TrainOptions):
+        flags, trackers = options.optimizer, tracker_names(options.train.report_to)
+        for name, value, schedules in SCHEDULE_FLAGS:
+            if flags.lr_scheduler not in schedules and getattr(flags, name) != value:
+                found[name] = f"--lr_scheduler {flags.lr_scheduler} does not use it; give {' or '.join(schedules)}"
+        if not trackers:
+            found["tracker_name"] = "there is no tracker; give --report_to"
+        if "tensorboard" not in trackers:
+            found["logging_dir"] = "only tensorboard writes there; give --report_to tensorboard"
+        if options.loader.load_tensors:
+            found |= dict.fromkeys(("decode_timeout", "decode_memory"), "--load_tensors decodes no clip")
+        if not options.validation.settled:
+            found["num_validation_videos"] = "there is no --validation_prompt"
+    yield from (f"--{name}: has no effect; {reason}" for name, reason in found.items() if name in given)
+
+
+def longer_buckets(data: DataFlags) -> Iterator[str]:
+    """Yields a remark about buckets that are longer than --max_num_frames, so that no clip is trained at them."""
+    name = "train_resolution" if data.train_resolution else "frame_buckets"
+    counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets or ()
+    longer = [frames for frames in counts if frames > (data.max_num_frames or frames)]
+    if longer:
+        rule = f"longer than --max_num_frames {data.max_num_frames}, so no clip is trained at them"
+        yield f"--{name}: {' and '.join(map(str, longer))} frames are {rule}; give --max_num_frames {max(longer)}"
 
 
 def best_problems(options: TrainOptions) -> Iterator[str]:
@@ -280,8 +335,9 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
         yield f"{given}: contradicts --lora_path {lora.lora_path}, which has the matrices to start from; give one"
     if init.startswith("pissa") and lora.use_dora:
         yield f"{given}: contradicts --use_dora, with which the result is not a plain LoRA; give one of them"
-    if init.startswith("pissa") and not lora.lora_alpha:
-        yield f"--lora_alpha 0: PiSSA divides by the scale of the LoRA; nearest: --lora_alpha {lora.rank}"
+    if not lora.lora_alpha:
+        rule = "the output of the LoRA is multiplied by it, so that nothing would be trained"
+        yield f"--lora_alpha 0: {rule}; nearest: --lora_alpha {lora.rank}"
 
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
@@ -291,6 +347,9 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         given = getattr(options.plan, place)
         if given not in ("auto", getattr(wanted, place)):
             yield f"--{name}: contradicts --{place} {given}; leave one of them out"
+    if options.train.gradient_checkpointing and options.plan.keep in ("linear", "all"):
+        rule = "which saves more than the input and the attention outputs of a block; leave one of them out"
+        yield f"--gradient_checkpointing: contradicts --keep {options.plan.keep}, {rule}"
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
@@ -339,6 +398,9 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
 
 def check_launcher(options: TrainOptions) -> Iterator[str]:
     """Yields problems of the configuration of accelerate, for args.parse."""
+    if (precision := precision_of(options.train.mixed_precision)) not in MIXED_PRECISIONS:
+        rule = f"is not supported; set it to {', '.join(MIXED_PRECISIONS)}, or give --mixed_precision"
+        yield f"accelerate launch: mixed_precision {precision}: {rule}"
     yield from sequence_problems(options)
     if under_deepspeed():
         yield from (f"accelerate launch (DeepSpeed): {problem}" for problem in launch_problems(options))

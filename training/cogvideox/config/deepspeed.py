@@ -187,5 +187,7 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         return
     for given in host_flags(options):
         yield f"{given}: DeepSpeed places weights and state; leave it out, and set offload_optimizer_device: cpu"
+    if options.plan.optimizer_state_on == "device" and offload_device("offload_optimizer") == "cpu":
+        yield "--optimizer_state_on device: contradicts offload_optimizer_device cpu; leave out one of them"
     if isinstance(options, LoraOptions) and options.plan.base_precision != "auto":
         yield f"--base_precision {options.plan.base_precision}: is not supported under DeepSpeed; give auto"

@@ -28,6 +28,7 @@ ADAMS = ("adam", "adamw")  # the optimizers whose moments may have few bits or b
 OPTIMIZERS = (*ADAMS, "prodigy", "came")
 NAMED_CLASS = "a class by its dotted name"  # in messages, and as the kind of such an optimizer
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")  # the weightings that use --snr_gamma
+MIXED_PRECISIONS = ("no", "fp16", "bf16")  # the values of --mixed_precision
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 MEMORY_PLACES = ("auto", "device", "host")  # where a plan may keep weights, activations and optimizer state
 CAPTION_PROMPT = (  # default of --caption_prompt
@@ -483,7 +484,7 @@ class TrainFlags:
         None,
         "compute type of the network: bf16, or fp16 on GPUs older than the RTX 30 series; no is fp32, which is slow "
         "(default: the setting of accelerate, else no)",
-        choices=("no", "fp16", "bf16"),
+        choices=MIXED_PRECISIONS,
     )
     train_batch_size: int = flag(4, "samples per device in one forward pass", aliases=("batch_size",), least=1)
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", least=1)
@@ -541,7 +542,7 @@ class TrainFlags:
         choices=("none", "wandb", "tensorboard", "trackio", "all"),
     )
     tracker_name: str | None = flag(None, "project name in the tracker (default: cogvideox)")
-    logging_dir: str = flag("logs", "folder in output_dir for the files of trackers")
+    logging_dir: str = flag("logs", "folder in output_dir for the files of tensorboard")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,24 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
     return ((peak - POLYNOMIAL_END) * remaining**flags.lr_power + POLYNOMIAL_END) / peak
 
 
+def warm_up_note(flags: OptimizerFlags, total_steps: int, global_batch: int) -> str | None:
+    """Returns a line for the user if a run ends before its learning rate has reached the peak, else None.
+
+    Args:
+        flags: The flags of the optimizer.
+        total_steps: The length of the run.
+        global_batch: Samples per step over all ranks.
+    """
+    warmup = flags.lr_warmup_steps
+    if flags.lr_scheduler == "constant" or not flags.learning_rate or total_steps > warmup:
+        return None
+    last, peak = (learning_rate(flags, step, warmup + 1, global_batch) for step in (total_steps - 1, warmup))
+    return (
+        f"the learning rate rises to {last:.3g} and never reaches {peak:.3g}: --lr_warmup_steps {warmup} is not less "
+        f"than the {total_steps} steps of this run; give --lr_warmup_steps {total_steps // 10}"
+    )
+
+
 def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, global_batch: int) -> str | None:
     """Returns a line for the user if a resumed run does not continue its learning rate schedule, else None.
 

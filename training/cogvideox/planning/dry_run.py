@@ -46,6 +46,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import ignore_learned_positions
+from cogvideox.optimizer.step import warm_up_note
 from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
     allowed_bytes,
@@ -136,6 +137,8 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     counts = ", ".join(f"{number} of {bucket}" for bucket, number in sorted(Counter(samples.buckets).items()))
     number = samples_per_step(options, run.world)
     lines = [f"data: {counts}", f"steps: {run.steps} of {number} {'sample' if number == 1 else 'samples'}"]
+    if line := warm_up_note(options.optimizer, run.steps, number):
+        lines.append(line)
     transformer = empty_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
         disk, enough = disk_line(options, samples, run, transformer)
