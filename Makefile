@@ -6,7 +6,7 @@
 # make mutants    makes one line of the library wrong at a time, and checks that the tests fail
 # make quality    checks style and types
 # make image      executes the steps of the Dockerfile in a clean Debian root, without Docker; as root, with debootstrap
-# make bench      measures training steps of full-size models on a GPU; continues where it was stopped
+# make bench      measures full-size models on the GPUs of this machine; continues where it was stopped
 # make fuzz       reads 500 damaged media files and 500 damaged lists; make test has a short form of it
 PYTHON ?= python3
 VENV := .venv
@@ -53,7 +53,7 @@ image: $(VENV)/ready
 	$(BIN)/python tests/tools/image_steps.py
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/bench.py --all; status=$$?; $(BIN)/python benchmarks/bench.py --table; exit $$status
+	$(BIN)/python benchmarks/measure_all.py; status=$$?; $(BIN)/python benchmarks/bench.py --table; exit $$status
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/tools/fuzz_media.py --count 500

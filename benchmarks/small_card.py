@@ -149,7 +149,7 @@ def main() -> int:
         return status or 1
     args.results.mkdir(parents=True, exist_ok=True)
     limited = f"_host_{args.host_gib:.0f}" if args.host_gib else ""
-    name = f"small_card_{args.kind}{'' if args.rank else '_sft'}{limited}.json"
+    name = f"small_card_{args.kind}{'' if args.rank else '_sft'}{limited}{'_killed' if args.kill_after else ''}.json"
     (args.results / name).write_text(json.dumps(row, indent=1) + "\n")
     return 0
 
