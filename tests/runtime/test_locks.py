@@ -20,7 +20,7 @@ from waiting import eventually
 
 from cogvideox import files, locks
 from cogvideox.data.cache import Ledger, sole_writer
-from cogvideox.locks import STALE, held, take
+from cogvideox.locks import STALE, HeldError, held, take
 from cogvideox.runtime.run import RUN_CONFIG_NAME, lock_output_folder
 
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -34,7 +34,7 @@ def refused(*_):
 if sys.argv[2] == "without":
     fcntl.lockf = fcntl.flock = refused
 from cogvideox.locks import take
-lock = take(Path(sys.argv[1]))
+lock = take(Path(sys.argv[1]), signs=True)
 print("held", flush=True)
 time.sleep(float(sys.argv[3]))
 """
@@ -88,13 +88,66 @@ def test_another_process_waits_until_the_lock_is_free(
     try:
         if how == "without":
             monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
-        with pytest.raises(BlockingIOError) as refusal:
-            take(path)
-        assert how == "with" or f"process {other.pid} on " in str(refusal.value)
+        with pytest.raises(HeldError, match=f"process {other.pid} on ") as refusal:
+            take(path, signs=True)
+        assert not refusal.value.may_be_lost
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
     take(path).release()
+
+
+@pytest.mark.parametrize("how", ["with", "without"])
+@pytest.mark.fault("ranks: the machine of the run that has locked the folder is lost")
+def test_a_run_waits_for_the_lock_of_a_lost_machine(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the holder is only on another machine; its lock is freed while the run waits."""
+    other, run, options = holder(tmp_path / ".lock", how), run_alone(tmp_path), options_of(tmp_path)
+    monkeypatch.setattr(locks, "machine_id", lambda: "another")
+    if how == "without":
+        monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
+        monkeypatch.setattr(locks, "STALE", 1.0)
+        os.kill(other.pid, signal.SIGSTOP)  # so that it touches the file no longer
+    units: list[str] = []
+
+    def unit(name: str) -> None:
+        units.append(name)
+        if how == "with":
+            other.kill()
+
+    monkeypatch.setattr("cogvideox.stopping.unit", unit)
+    try:
+        assert lock_output_folder(run, options) is None
+    finally:
+        other.kill()
+        other.wait()
+    assert "wait for a lock" in units
+    said = capsys.readouterr().err
+    assert said.count(f"another run is using it (process {other.pid} on ") == 1
+    assert "in case its machine is lost" in said
+
+
+def test_a_run_waits_only_as_long_as_a_lost_machine_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = holder(tmp_path / ".lock", "with")
+    monkeypatch.setattr(locks, "machine_id", lambda: "another")
+    monkeypatch.setattr(locks, "STALE", 0.0)
+    refusal = lock_output_folder(run_alone(tmp_path), options_of(tmp_path))
+    other.kill()
+    other.wait()
+    assert f"another run is using it (process {other.pid} on " in (refusal or "")
+
+
+def test_a_lock_names_only_a_process_that_exists(tmp_path: Path) -> None:
+    """A name may be from before the holder has written its own."""
+    path = tmp_path / ".lock"
+    other = holder(path, "with")
+    path.write_text(json.dumps(locks.this_process() | {"pid": 2**22 + 1}))
+    with pytest.raises(HeldError, match="another process") as refusal:
+        take(path, signs=True)
+    other.kill()
+    other.wait()
+    assert not refusal.value.may_be_lost
 
 
 @pytest.mark.fault("disk: no POSIX locks", times=3)

@@ -98,7 +98,7 @@ def test_a_folder_has_one_run_even_if_a_worker_outlives_it(tmp_path: Path) -> No
         assert problem == "None"
         refusal = take(tmp_path)
         assert refusal is not None
-        assert "another run is using it" in refusal
+        assert f"another run is using it (process {child} on {socket.gethostname()}); wait for it, end it" in refusal
         os.kill(child, signal.SIGKILL)
         assert status_of(child) == -signal.SIGKILL
         assert any(os.path.samefile(f"/proc/{worker}/fd/{fd}", tmp_path / LOCK_NAME) for fd in open_files(worker))

@@ -1,10 +1,10 @@
 """Provides locks between processes and hosts: POSIX locks, or lock files where the file system has no locks.
 
-``take`` gets a lock or fails; ``held`` waits for it. A POSIX lock ends with its process, and child processes do not
-inherit it. Lustre without its flock option and some FUSE file systems do not support it. There, a file NAME.owner
-created with O_EXCL replaces it: the file names host and process, and a thread touches it while the process lives. The
-file becomes stale when its process on this machine no longer exists or, if the process is on another machine, when
-nobody has touched the file for STALE seconds.
+``take`` gets a lock or fails, ``take_later`` waits for it, and ``held`` holds it in a block. A POSIX lock ends with its
+process, and child processes do not inherit it. Lustre without its flock option and some FUSE file systems do not
+support it. There, a file NAME.owner created with O_EXCL replaces it: the file names host and process, and a thread
+touches it while the process lives. The file becomes stale when its process on this machine no longer exists or, if the
+process is on another machine, when nobody has touched the file for STALE seconds.
 """
 
 import errno
@@ -29,6 +29,18 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 TAKEN = {errno.EAGAIN, errno.EACCES}
 
 
+class HeldError(BlockingIOError):
+    """Reports that another process holds a lock.
+
+    Attributes:
+        may_be_lost: Whether the holder is on another machine, which may have failed without releasing the lock.
+    """
+
+    def __init__(self, holder: str, may_be_lost: bool = False) -> None:
+        super().__init__(errno.EAGAIN, holder)
+        self.may_be_lost = may_be_lost
+
+
 class Lock:
     """A lock that this process holds until ``release`` is called, nothing refers to it, or the process ends."""
 
@@ -36,53 +48,79 @@ class Lock:
         self.release = weakref.finalize(self, release)
 
 
-def take(path: Path) -> Lock:
+def take(path: Path, signs: bool = False) -> Lock:
     """Takes a lock without waiting.
 
     Args:
         path: The file of the lock, in an existing folder.
+        signs: Whether the file has no other content, so that its holder can be named there.
 
     Raises:
-        BlockingIOError: Another process holds it; the message describes that process.
+        HeldError: Another process holds it.
         OSError: The file cannot be written.
     """
-    file = open(path, "a")  # noqa: SIM115 - open as long as the lock is held
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the lock is held
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         if error.errno in TAKEN:
-            raise BlockingIOError(errno.EAGAIN, "another process has it") from None
+            who, runs = holder_in(content_of(path)) if signs else ("another process", True)
+            # The name of a process that no longer exists is from before the holder has written its own.
+            raise HeldError("another process" if runs is False else who, may_be_lost=runs is None) from None
         if error.errno not in NO_LOCKS:
             raise
         warn_of_lock_files(path.parent, error)
         return take_file(path.with_name(f".{path.name.removeprefix('.')}.owner"))
+    if signs:
+        with suppress(OSError):  # on a full disk, the holder has no name
+            file.truncate(0)
+            file.write(json.dumps(this_process()).encode())
     return Lock(file.close)
+
+
+def take_later(path: Path, on_wait: Callable[[str], None], only_if_lost: bool = False) -> Lock:
+    """Takes a lock, waiting for the process that holds it.
+
+    Args:
+        path: The file of the lock, in an existing folder.
+        on_wait: Called once with a description of the holder, before a wait.
+        only_if_lost: Whether to wait only for a holder that may be lost, and for STALE seconds at most. In this time, a
+            lock file becomes stale, and a file server releases the POSIX locks of a lost machine. The file must have no
+            other content.
+
+    Raises:
+        HeldError: Another process holds it.
+        OSError: The file cannot be written.
+    """
+    wait, end = FIRST_WAIT, time.monotonic() + STALE + LONGEST_WAIT
+    while True:
+        try:
+            return take(path, signs=only_if_lost)
+        except HeldError as error:
+            if only_if_lost and not (error.may_be_lost and time.monotonic() < end):
+                raise
+            if wait == FIRST_WAIT:
+                on_wait(str(error.strerror))
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+        stopping.unit("wait for a lock")  # otherwise the other ranks would mistake the wait for a hang
+
+
+@contextmanager
+def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Waits for a lock and holds it in the block. Calls ``on_wait`` once if another process holds it."""
+    lock = take_later(path, lambda _: on_wait())
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def warn_of_lock_files(folder: Path, error: OSError) -> None:
     """Says once that lock files are used in a folder, because taking a POSIX lock there has raised this error."""
     reason = os.strerror(error.errno or 0)
     warn_once(f"{folder}: its file system has no locks ({reason}); lock files keep other runs out instead")
-
-
-@contextmanager
-def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Waits for a lock and holds it in the block. Calls ``on_wait`` once if another process holds it."""
-    lock, wait = None, FIRST_WAIT
-    while lock is None:
-        try:
-            lock = take(path)
-        except BlockingIOError:
-            if wait == FIRST_WAIT:
-                on_wait()
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
-            stopping.unit("wait for a lock")  # otherwise the other ranks would mistake the wait for a hang
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # -- lock files --------------------------------------------------------------------------------------------------------
@@ -92,18 +130,18 @@ def take_file(path: Path) -> Lock:
     """Takes a lock file, replacing a stale one.
 
     Raises:
-        BlockingIOError: Another process holds it.
+        HeldError: Another process holds it.
     """
     own = json.dumps(this_process()).encode()
     if not create(path, own):
         there = content_of(path)
         if there == own:  # A process does not wait for itself, as with a POSIX lock.
             return Lock(lambda: None)
-        if (owner := living(path, there)) is not None:
-            raise BlockingIOError(errno.EAGAIN, owner)
+        if (holder := living(path, there)) is not None:
+            raise holder
         discard_stale(path, there)
         if not create(path, own):
-            raise BlockingIOError(errno.EAGAIN, "another process has just taken it")
+            raise HeldError("another process that has just taken it")
     stop = threading.Event()
     threading.Thread(target=keep_alive, args=(path, stop), name="heartbeat", daemon=True).start()
     return Lock(FileRelease(path, own, stop))
@@ -152,13 +190,13 @@ def discard_stale(path: Path, judged: bytes | None) -> None:
     """Deletes a stale lock file if its content is still ``judged``. A guard file lets one process at a time do so.
 
     Raises:
-        BlockingIOError: Another process is doing so.
+        HeldError: Another process is doing so.
     """
     guard = path.with_name(f"{path.name}.guard")
     if not create(guard, b""):
         if (age := age_of(guard)) is not None and age > STALE:  # its process was killed between these lines
             guard.unlink(missing_ok=True)
-        raise BlockingIOError(errno.EAGAIN, "another process is just taking it")
+        raise HeldError("another process that is just taking it")
     try:
         if content_of(path) == judged:
             path.unlink(missing_ok=True)
@@ -166,19 +204,27 @@ def discard_stale(path: Path, judged: bytes | None) -> None:
         guard.unlink(missing_ok=True)
 
 
-def living(path: Path, content: bytes | None) -> str | None:
-    """Returns a description of the process that holds a lock file, or None if that process no longer exists."""
-    try:
-        owner: dict[str, Any] = json.loads(content or b"")
-        who = f"process {owner['pid']} on {owner['host']}"
-        if owner["machine"] == machine_id():  # the owner is on this machine, where its process can be checked
-            return who if process_start(owner["pid"]) == owner["started"] else None
-    except (ValueError, KeyError, TypeError):  # the content is not written yet, or could not be written
-        who = "a process that is just starting"
+def living(path: Path, content: bytes | None) -> HeldError | None:
+    """Returns an error that describes the process that holds a lock file, or None if that process no longer exists."""
+    who, runs = holder_in(content)
+    if runs is not None:
+        return HeldError(who) if runs else None
     age = age_of(path)
     if age is None or age > STALE:
         return None
-    return f"{who}, seen {age:.0f} s ago; if it is gone, the folder is free in {STALE - age:.0f} s"
+    free = f"if it is gone, the folder is free in {STALE - age:.0f} s"
+    return HeldError(f"{who}, seen {age:.0f} s ago; {free}", may_be_lost=True)
+
+
+def holder_in(content: bytes | None) -> tuple[str, bool | None]:
+    """Returns (the process that the file of a lock names, whether it exists; None if it is on another machine)."""
+    try:
+        owner: dict[str, Any] = json.loads(content or b"")
+        who = f"process {owner['pid']} on {owner['host']}"
+        is_here = owner["machine"] == machine_id()  # where the process can be checked
+        return who, process_start(owner["pid"]) == owner["started"] if is_here else None
+    except (ValueError, KeyError, TypeError):  # the content is not written yet, or could not be written
+        return "a process that is just starting", None
 
 
 def this_process() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from cogvideox.config.hub import open_repository
 from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
-from cogvideox.locks import Lock, take
+from cogvideox.locks import STALE, HeldError, Lock, take_later
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
@@ -213,12 +213,17 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
 def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
     """Creates and locks the output folder and writes config.json; returns the problem if that fails."""
     folder, train = run.output_dir, options.train
+
+    def say(holder: str) -> None:
+        run.say(f"{folder}: another run is using it ({holder}); waiting {STALE:.0f} s, in case its machine is lost")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run._lock = take(folder / LOCK_NAME)  # The process holds it until it ends; its workers do not hold it.
-    except BlockingIOError as error:
-        owner = f"another run is using it ({error.strerror})"
-        return f"--output_dir {folder}: {owner}; wait for it, or give another folder"
+        # The process holds it until it ends; its workers do not hold it.
+        run._lock = take_later(folder / LOCK_NAME, say, only_if_lost=True)
+    except HeldError as error:
+        fix = "wait for it, end it with `kill`, which saves a checkpoint, or give another folder"
+        return f"--output_dir {folder}: another run is using it ({error.strerror}); {fix}"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
     ignored = (".*.tmp", f"{LOCK_NAME}*")
