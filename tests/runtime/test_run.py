@@ -56,6 +56,22 @@ def test_a_process_has_the_device_that_it_has_on_its_own_machine() -> None:
     assert [path.name for path, text in texts.items() if "cuda:" in text] == []
 
 
+@pytest.mark.parametrize(
+    ("device", "launcher", "chosen"), [("cuda", 1, [3]), ("cuda", 4, []), ("cpu", 1, [])], ids=["GPU", "user", "CPU"]
+)
+def test_a_process_with_a_gpu_uses_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: str, launcher: int, chosen: list[int]
+) -> None:
+    """accelerate launch and torchrun give it one thread, unless the user asks for more."""
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: launcher)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run_module.use_cores(torch.device(device))
+    assert threads == chosen
+
+
 def in_a_child(work: Callable[[int], None]) -> tuple[int, int]:
     """Runs ``work(pipe)`` in a forked process, and returns the process id and the end of the pipe to read from."""
     read, write = os.pipe()

@@ -12,7 +12,6 @@ no process ever has the complete state. DeepSpeed's own checkpoint files are not
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.nn import Module, Parameter
 from cogvideox.config.deepspeed import ZERO_BUCKET, offload_device, sums_gradients, zero_stage
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.optimizers import make_optimizer
-from cogvideox.config.options import TrainOptions, launched_processes, local_processes
+from cogvideox.config.options import TrainOptions, launched_processes
 from cogvideox.optimizer.master_weights import MASTER, MakeOptimizer, Optimized
 from cogvideox.optimizer.shard_files import Shard
 from cogvideox.optimizer.step import (
@@ -109,9 +108,6 @@ class ZeroWeights:
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights, self.accumulation = plugin.zero_stage == 3, options.train.gradient_accumulation_steps
         configure(plugin.deepspeed_config, options.train, sum(map(num_elements, named.values())))
-        if offload_device("offload_optimizer") == "cpu":
-            # accelerate launch gives each process one thread, and a step on the CPU needs all.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
         make = partial(make_optimizer, options.optimizer)
         self.engine, _ = accelerator.prepare(transformer, make(list(named.values())))
         self.optimizer: Any = self.engine.optimizer

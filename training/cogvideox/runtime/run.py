@@ -26,7 +26,14 @@ from tqdm import tqdm
 from cogvideox import stopping
 from cogvideox.config.args import config_dict
 from cogvideox.config.hub import open_repository
-from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
+from cogvideox.config.options import (
+    TrainOptions,
+    launched_processes,
+    local_processes,
+    precision_of,
+    tracker_names,
+    under_deepspeed,
+)
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import STALE, HeldError, Lock, take_later
@@ -136,6 +143,7 @@ def start_run(options: TrainOptions) -> Run:
     """
     use_growing_segments()
     accelerator = make_accelerator(options)
+    use_cores(accelerator.device)
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     ranks = Ranks(accelerator.state, options.train.nccl_timeout, sequence_parallel=options.plan.sequence_parallel)
@@ -155,6 +163,17 @@ def use_growing_segments() -> None:
     """Lets torch's allocator extend its segments, so that buckets of several sizes leave no unused gaps on the GPU."""
     if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def use_cores(device: torch.device) -> None:
+    """Lets torch use this process's share of the cores of a machine with GPUs, if a launcher has left it one thread.
+
+    ``accelerate launch`` and ``torchrun`` do that. The copy of a checkpoint, for which training waits, the creation of
+    host memory, and optimizers on the host would then take several times as long. Without a GPU, the number of threads
+    is part of the result, because sums depend on it.
+    """
+    if device.type == "cuda" and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
 
 
 def make_accelerator(options: TrainOptions) -> "Accelerator":
