@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -179,6 +180,7 @@ class Saver:
         weights_only: Whether checkpoints have only the weights, without the engine's state.
         in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
             room. Only for a single process, because an error of the thread ends only its own process.
+        spare: The bytes of host memory that are expected to be free while training; infinite if that is not known.
         reserve: The memory of copies, after the first step; empty if there was no room.
         writing: The checkpoint that a thread writes.
         afterwards: What waits for its end.
@@ -198,6 +200,7 @@ class Saver:
     good_until: int | None = None
     weights_only: bool = False
     in_background: bool = False
+    spare: float = field(default=math.inf, init=False)
     reserve: Reserve | None = field(default=None, init=False)
     writing: Writing | None = field(default=None, init=False)
     afterwards: list[Callable[[], None]] = field(default_factory=list, init=False)
@@ -238,8 +241,9 @@ class Saver:
         """Returns whether there is host memory for a copy of a checkpoint."""
         return bool(self.reserve and self.reserve.num_bytes) or self._copy_fits(free_host_bytes())
 
-    def _copy_fits(self, free: int) -> bool:
-        return self.copy_bytes is not None and self.copy_bytes <= COPY_SHARE * free
+    def _copy_fits(self, free: float) -> bool:
+        # More may be free now than later: a larger bucket than those of the first steps needs larger buffers.
+        return self.copy_bytes is not None and self.copy_bytes <= COPY_SHARE * min(free, self.spare)
 
     @contextmanager
     def _guarded(self, step: int) -> Iterator[None]:
@@ -367,6 +371,7 @@ class Saver:
         Args:
             spare: The bytes of host memory that are expected to be free while training.
         """
+        self.spare = spare
         if self.num_bytes is None:
             return
         with disk_errors_converted(self.run.output_dir):
