@@ -70,7 +70,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     use_slow_disk(folder)
     run = run_of_ranks(folder)
-    model = fully_shard(Linear(SIZE, SIZE), mesh=init_device_mesh("cpu", (run.world,)))
+    model = Linear(SIZE, SIZE)
+    fully_shard(model, mesh=init_device_mesh("cpu", (run.world,)))
     make = partial(make_optimizer, OptimizerFlags(optimizer="adamw"))
     weights = ShardedWeights(model, make, 0.0, False, CPU)
     engine = ShardedEngine(model, weights, run.is_main, run.raise_together, torch.float32)
@@ -81,7 +82,12 @@ if __name__ == "__main__":
     seconds = time.monotonic() - start
     saver.num_bytes = sum(path.stat().st_size for path in (folder / "checkpoint-2").iterdir())
     found, estimate = list[float](), checkpoint.seconds_to_write
-    checkpoint.seconds_to_write = lambda *arguments: found.append(estimate(*arguments)) or found[0]
+
+    def noted(run: Run, num_bytes: int, shared: bool = False) -> float:
+        found.append(estimate(run, num_bytes, shared))
+        return found[0]
+
+    checkpoint.seconds_to_write = noted
     saver.announce(0)
     if run.is_main:
         (folder / "seconds.json").write_text(json.dumps([found[0], seconds]))

@@ -65,7 +65,7 @@ class Browser:
             answer = self._read()
             if answer.get("id") == number:
                 assert "error" not in answer, answer
-                return answer["result"]  # type: ignore[no-any-return]
+                return answer["result"]
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:
@@ -73,7 +73,7 @@ class Browser:
             assert part, "the browser has ended"
             self.buffer += part
         line, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(line)  # type: ignore[no-any-return]
+        return json.loads(line)
 
     def open(self, page: Path) -> None:
         """Opens a file and waits until it is loaded."""

@@ -38,7 +38,7 @@ def report_at_saves(path: Path) -> None:
             file.write(f"{tensor_bytes()}\n")
         save(saver, step)
 
-    Saver.save = counted  # type: ignore[method-assign]
+    Saver.save = counted  # type: ignore[assignment, method-assign]
 
 
 def report_reads(path: Path) -> None:
@@ -60,4 +60,5 @@ def report_reads(path: Path) -> None:
             report(source, tensor.nbytes)
             yield name, tensor
 
-    hashlib.file_digest, engine.read_shards = hashed, loaded
+    hashlib.file_digest = hashed  # type: ignore[assignment]
+    engine.read_shards = loaded  # type: ignore[assignment]

@@ -117,7 +117,8 @@ def wrap_libraries(look: Callable[[str], None]) -> None:
     import safetensors.torch
     from safetensors import SafetensorError
 
-    serialize, open_container = safetensors.torch.serialize_file, av.open
+    serialize: Any = safetensors.torch.serialize_file
+    open_container: Any = av.open
 
     def serialize_file(tensors: Any, name: Any, *more: Any, **named: Any) -> None:
         try:
@@ -134,10 +135,11 @@ def wrap_libraries(look: Callable[[str], None]) -> None:
                 look(f"write {file}")
             except OSError as error:
                 Path(file).write_bytes(b"torn")
-                av.error.err_check(-error.errno)
+                av.error.err_check(-(error.errno or 0))
         return open_container(file, mode, *more, **named)
 
-    safetensors.torch.serialize_file, av.open = serialize_file, open_watched
+    safetensors.torch.serialize_file = serialize_file  # type: ignore[assignment]
+    av.open = open_watched  # type: ignore[assignment]
 
 
 NO_LOCKS = ("lockf ", 0, errno.ENOLCK)

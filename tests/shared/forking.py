@@ -28,7 +28,7 @@ import disk_faults
 import quick_pictures
 
 # The modules that the scripts import when they run. None of them starts a thread, which a fork would lose.
-IMPORTED = ("cogvideox.loop", "cogvideox.preparation.prepare", "cogvideox.evaluation.before_after")
+IMPORTED: tuple[str, ...] = ("cogvideox.loop", "cogvideox.preparation.prepare", "cogvideox.evaluation.before_after")
 IMPORTED += ("peft", "matplotlib.figure")
 IMPORTED += ("diffusers.pipelines.cogvideo.pipeline_cogvideox", "transformers.models.t5.modeling_t5")
 IMPORTED += ("transformers.models.t5.tokenization_t5", "diffusers.schedulers.scheduling_ddim_cogvideox")
@@ -146,7 +146,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     # transformers compiles a thousand regular expressions for the first model that a process loads.
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("t5")
-    stopping = importlib.import_module("cogvideox.stopping")
+    stopping: Any = importlib.import_module("cogvideox.stopping")
     quick_pictures.compress_lightly()
     quick_pictures.leave_curves_blank()
     gc.freeze()  # imported objects are never freed, and collecting garbage among them would copy their memory pages

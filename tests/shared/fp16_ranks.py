@@ -38,7 +38,8 @@ def sharded(copies: int) -> Sequential:
     policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     mesh = sharding_mesh(CPU, dist.get_world_size() // copies)
     fully_shard(model[0], mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def inputs(step: int) -> Tensor:

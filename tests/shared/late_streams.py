@@ -39,7 +39,7 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
         storage = weakref.ref(tensor.untyped_storage())
-        return cls(storage, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return cls(storage, tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
 
     def tensor(self) -> Tensor:
         storage = self.storage()

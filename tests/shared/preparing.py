@@ -37,10 +37,8 @@ def decode_inline(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None
 
 
 def data_flags(root: Path, **changes: Any) -> DataFlags:
-    return DataFlags(
-        (str(root),),
-        **{"height_buckets": (32,), "width_buckets": (48,), "frame_buckets": (5,), "max_num_frames": 49} | changes,
-    )
+    given: dict[str, Any] = {"height_buckets": (32,), "width_buckets": (48,), "frame_buckets": (5,)}
+    return DataFlags((str(root),), **given | {"max_num_frames": 49} | changes)
 
 
 def preparation(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
@@ -21,7 +20,7 @@ def compress_lightly() -> None:
     Image.preinit()  # otherwise a later call would register Pillow's own function again
     write = PngImagePlugin._save
 
-    def write_quickly(image: Image.Image, file: IO[bytes], name: str | bytes | Path) -> None:
+    def write_quickly(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
         chosen: dict[str, Any] = image.encoderinfo
         chosen.setdefault("compress_level", 1)
         write(image, file, name)

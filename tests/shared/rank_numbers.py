@@ -9,6 +9,7 @@ Each rank has other numbers of bad clips, seconds and memory.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import fp16_ranks
 import torch.distributed as dist
@@ -42,7 +43,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     real, calls = dist.all_reduce, list[int]()
 
-    def counted(*arguments: object, **named: object) -> None:
+    def counted(*arguments: Any, **named: Any) -> None:
         calls.append(1)
         real(*arguments, **named)
 

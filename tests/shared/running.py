@@ -147,8 +147,8 @@ class Forked:
             more: Additional environment variables.
         """
         self.output = Path(outputs().name) / str(next(NUMBERS))
-        request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
-        request |= {"disk": [list(fault) for fault in disk]}
+        request: dict[str, Any] = {"argv": [str(part) for part in command[1:]], "env": environment(**more)}
+        request |= {"killed_at": killed_at, "disk": [list(fault) for fault in disk]}
         self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
         self.returncode: int | None = None
 
@@ -208,7 +208,7 @@ def server() -> Any:
                 pass  # another process has started it
             else:
                 listener.listen()
-                command = [sys.executable, Path(__file__).with_name("forking.py"), str(listener.fileno())]
+                command = [sys.executable, str(Path(__file__).with_name("forking.py")), str(listener.fileno())]
                 given = [listener.fileno()]
                 started = subprocess.Popen(command, env=environment(), pass_fds=given, stdin=subprocess.DEVNULL)
         ours = socket.socket(socket.AF_UNIX)
@@ -249,7 +249,7 @@ def fork_ranks(
     """
     port, at = free_port(), moments or {}
     given = (ranks_environment(rank, number, port) | more for rank in range(number))
-    return [Forked(command, at.get(rank), **environ) for rank, environ in enumerate(given)]
+    return [Forked(command, at.get(rank), (), **environ) for rank, environ in enumerate(given)]
 
 
 def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from cogvideox.data.media.frames import VideoInfo
 from cogvideox.data.media.pixels.decode import probe, read_frames
@@ -84,8 +85,9 @@ def encode(
     """
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=RATE)
+        assert isinstance(stream, VideoStream)
         stream.height, stream.width, stream.pix_fmt = *shape, "yuv420p"
-        stream.options = {"g": "12", "bf": "2", "sc_threshold": "0"} if options is None else options
+        stream.options = {"g": "12", "bf": "2", "sc_threshold": "0"} if options is None else {**options}
         stream.codec_context.time_base = CLOCK
         stream.codec_context.sample_aspect_ratio = aspect
         if rotation is not None:

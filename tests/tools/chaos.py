@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,13 +105,12 @@ class Watching:
         """Counts a test when it ends, or when its set-up fails or skips it."""
         if report.when != "call" and report.passed:
             return
-        given = [value for name, value in report.user_properties if name == FAULT]
+        given: list[Any] = [value for name, value in report.user_properties if name == FAULT]
         more = sum(int(str(value)) for name, value in report.user_properties if name == MORE)
-        for value in given:
-            name, times = value  # type: ignore[misc]
-            self.rows[name].outcomes.append(report.outcome)
+        for fault, times in given:
+            self.rows[fault].outcomes.append(report.outcome)
             if report.when == "call":
-                self.rows[name].injected += times + more
+                self.rows[fault].injected += times + more
 
 
 def collected() -> dict[str, Row]:

@@ -197,7 +197,9 @@ def coded_cases() -> Iterator[Case]:
         make = functools.partial(headless, container, no_b)
         yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="starting at the first keyframe")
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts", "flv": "flv"}.items():
-        for name, edit in {"gradual_refresh": bytes, "recovery_point_too_early": recovered_too_early}.items():
+        edits: dict[str, Callable[..., bytes]]
+        edits = {"gradual_refresh": bytes, "recovery_point_too_early": recovered_too_early}
+        for name, edit in edits.items():
             make = functools.partial(encode, container, options=REFRESHED)
             yield good(f"{name}.{suffix}", edited(edit, make), note=ONE_START)
     line = "(timestamps|out of order)"
@@ -487,10 +489,12 @@ def resized(container: str, codec: str) -> bytes:
     def fill(output: Any) -> None:
         stream = None
         for part_number, part_data in enumerate(parts):
-            with av.open(io.BytesIO(part_data)) as source:
+            with av.open(io.BytesIO(part_data), "r") as source:
                 stream = stream or output.add_stream_from_template(source.streams.video[0], opaque=True)
                 for packet in [packet for packet in source.demux(video=0) if packet.size]:
                     later = round(part_number * Fraction(18, RATE) / packet.time_base)
+                    assert packet.pts is not None
+                    assert packet.dts is not None
                     packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
                     output.mux(packet)
 
@@ -755,7 +759,7 @@ def still_turned(orientation: int, kind: str) -> bytes:
     """Returns an image file that is stored rotated or mirrored, with an EXIF orientation as cameras write it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {} if kind == "TIFF" else {"quality": 95}
+    options: dict[str, Any] = {} if kind == "TIFF" else {"quality": 95}
     return still(kind, np.ascontiguousarray(TURNS[orientation](picture(5))), exif=exif, **options)
 
 

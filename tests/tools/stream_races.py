@@ -116,7 +116,7 @@ class Streams(TorchDispatchMode):
             self.touched[key], self.owners[key] = {}, self.current
             finalize(storage, self.free, key).atexit = False
         span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         stream, clock = self.current, self.clocks[self.current]
         now = Access(start, start + span * tensor.element_size(), stream, writes)
         for other, time in self.touched[key].items():
@@ -167,7 +167,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
         def synchronize(self) -> None:
             streams.host_waits(self.record_event())
 
-        def record_event(self) -> Event:
+        def record_event(self) -> Any:
             return streams.mark(self.number)
 
     with monkeypatch.context() as patch:
