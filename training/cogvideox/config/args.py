@@ -39,7 +39,7 @@ from cogvideox.config.options import (
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.config.presets import fill_in
 from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, public_urls
-from cogvideox.files import disk_errno, disk_error
+from cogvideox.files import disk_errors_converted
 
 LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
 EPILOG = "To see every flag of this script, use --help_all."
@@ -452,20 +452,16 @@ def exit_status(
 ) -> int | None:
     """Returns the status of ``main``, or 2 or 3 after printing what went wrong. Other errors keep their traceback."""
     try:
-        options = parse(options_type, doc, None, checks)
-        hide_secrets(options)
-        return main(options)
+        with disk_errors_converted(Path("the disk")):  # unless the error names the file
+            options = parse(options_type, doc, None, checks)
+            hide_secrets(options)
+            return main(options)
     except UsageError as error:
         problems = error.problems
     except NonFiniteError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return NON_FINITE_EXIT
-    except Exception as error:
-        number = disk_errno(error)
-        if number is None:
-            raise
-        problems = disk_error(Path(getattr(error, "filename", None) or "the disk"), number).problems
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in problems)]
     print(*lines, sep="\n", file=sys.stderr)
