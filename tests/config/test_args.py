@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from running import ROOT
+from script_options import CAPTION, DOCTOR, IMAGE_LORA, IMAGE_SFT, LORA, OPTIONS, PREPARE, SCENES, SFT
 
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
@@ -21,14 +22,8 @@ from cogvideox.config.conflicts import check_launcher
 from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
-    CaptionOptions,
-    DoctorOptions,
-    ImageLoraOptions,
-    ImageSftOptions,
     LoraOptions,
     PrepareOptions,
-    SceneOptions,
-    SftOptions,
     fields_of,
     resolutions,
     target_pattern,
@@ -39,17 +34,10 @@ from cogvideox.errors import UsageError, public_urls
 TESTS = Path(__file__).parents[1]
 TRAINING = TESTS.parent / "training"
 GOLDEN = TESTS / "golden"
-LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py", "prepare_dataset.py"
-IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
-TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
-IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
-CAPTION, DOCTOR, SCENES = "caption_dataset.py", "doctor.py", "split_scenes.py"
-OTHERS = {PREPARE: PrepareOptions, CAPTION: CaptionOptions, DOCTOR: DoctorOptions, SCENES: SceneOptions}
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, **OTHERS}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
-LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {
+LEAST = dict.fromkeys(OPTIONS, TRAIN_LEAST) | {
     PREPARE: (*TRAIN_LEAST, "--output_dir", "o"),
     CAPTION: (*TRAIN_LEAST, "--endpoint", "http://localhost/v1"),
     DOCTOR: MODEL,
@@ -167,12 +155,12 @@ def run(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.Comple
 
 
 def parse(*given: str, script: str = LORA, checks: typing.Any = ()) -> typing.Any:
-    return args.parse(SCRIPTS[script], None, [*LEAST[script], *given], checks)
+    return args.parse(OPTIONS[script], None, [*LEAST[script], *given], checks)
 
 
 def problems(*argv: str, script: str = LORA) -> tuple[str, ...]:
     with pytest.raises(UsageError) as caught:
-        args.parse(SCRIPTS[script], None, list(argv))
+        args.parse(OPTIONS[script], None, list(argv))
     assert all("\n" not in problem for problem in caught.value.problems)
     return caught.value.problems
 
@@ -185,20 +173,20 @@ def test_blocked_libraries_cannot_be_imported(light: dict[str, str], tmp_path: P
         assert "is blocked" in run(["-c", f"import {name}"], light, tmp_path).stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_help_all_needs_no_torch_and_names_every_flag(script: str, light: dict[str, str], tmp_path: Path) -> None:
     done = run([str(TRAINING / script), "--help_all"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"--[a-z0-9_]+", done.stdout))
-    assert {f"--{item.name}" for _, item, _ in fields_of(SCRIPTS[script])} <= shown
+    assert {f"--{item.name}" for _, item, _ in fields_of(OPTIONS[script])} <= shown
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], tmp_path: Path) -> None:
     done = run([str(TRAINING / script), "--help"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    own = {item.name for _, item, _ in fields_of(SCRIPTS[script])}
+    own = {item.name for _, item, _ in fields_of(OPTIONS[script])}
     main = [name for names in flags.MAIN_FLAGS.values() for name in names if name in own]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", done.stdout, re.MULTILINE)
     assert shown == [*main, "help", "help_all", "version"]
@@ -210,21 +198,21 @@ def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], 
 def test_every_main_flag_exists_once() -> None:
     main = [name for names in flags.MAIN_FLAGS.values() for name in names]
     assert len(main) == len(set(main))
-    assert set(main) <= {item.name for options in SCRIPTS.values() for _, item, _ in fields_of(options)}
+    assert set(main) <= {item.name for options in OPTIONS.values() for _, item, _ in fields_of(options)}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_help_all_ends_with_the_flags_without_effect(script: str) -> None:
-    text = args.build_parser(SCRIPTS[script], None, every=True).format_help()
+    text = args.build_parser(OPTIONS[script], None, every=True).format_help()
     own, _, idle = text.partition(f"\n{args.IDLE_HEADING}:\n")
     main = [name for names in flags.MAIN_FLAGS.values() for name in names]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", own, re.MULTILINE)
     assert [name for name in shown if name in main] == [name for name in main if name in shown]
-    expected = {flag.item.name for flag in accepted_flags(SCRIPTS[script]) if flag.unused and not flag.refused}
+    expected = {flag.item.name for flag in accepted_flags(OPTIONS[script]) if flag.unused and not flag.refused}
     assert set(re.findall(r"^  --([a-z0-9_]+)", idle, re.MULTILINE)) == expected
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_version(script: str, light: dict[str, str], tmp_path: Path) -> None:
     done = run([str(TRAINING / script), "--version"], light, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
@@ -240,7 +228,7 @@ def test_published_commands(name: str, light: dict[str, str], tmp_path: Path) ->
     assert lines == (GOLDEN / f"{name}.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_defaults(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--print_config", script=script)
@@ -329,17 +317,17 @@ def test_a_flag_with_a_value_for_when_it_is_bare() -> None:
     assert parse("--random_flip", "0.25").data.random_flip == 0.25
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_every_alias_fills_its_flag(script: str) -> None:
     values = {int: ("7", 7), float: ("0.5", 0.5), str: ("text", "text"), bool: ("true", True)}
-    aliases = [(item, of, alias) for _, item, of in fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]]
+    aliases = [(item, of, alias) for _, item, of in fields_of(OPTIONS[script]) for alias in item.metadata["aliases"]]
     assert aliases
     for item, annotation, alias in aliases:
         of, many = args.value_type(annotation)
         text, value = values[of]
         others = [flag for flag in zip(*[iter(LEAST[script])] * 2, strict=True) if flag[0] != f"--{item.name}"]
         argv = [part for pair in others for part in pair] + [f"--{alias}", text]
-        options, sources = args.read_flags(SCRIPTS[script], argv, None)
+        options, sources = args.read_flags(OPTIONS[script], argv, None)
         assert args.config_dict(options)[item.name] == ((value,) if many else value)
         assert sources[item.name] == f"given as --{alias}"
 
@@ -584,7 +572,7 @@ COGVIDEO_FLAGS = """
     ],
 )
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
-    known = {name for flag in accepted_flags(SCRIPTS[script]) if not flag.refused for name in flag.names}
+    known = {name for flag in accepted_flags(OPTIONS[script]) if not flag.refused for name in flag.names}
     assert set(flags.split()) <= known
     assert len(flags.split()) == len(set(flags.split()))
 
@@ -636,7 +624,7 @@ def test_flags_of_other_scripts_are_accepted_and_reported(
     assert set(lines) == without_effect
     assert all(line.startswith("has no effect here; ") for line in lines.values())
     shown = {line.split()[0] for line in done.stdout.splitlines()}
-    assert shown == {item.name for _, item, _ in fields_of(SCRIPTS[script])}
+    assert shown == {item.name for _, item, _ in fields_of(OPTIONS[script])}
 
 
 @pytest.mark.parametrize(
@@ -664,12 +652,12 @@ def test_a_flag_of_another_script_does_not_clash_with_a_name_of_this_one(capsys:
     assert capsys.readouterr().err == "--train_batch_size: has no effect here; used only by the training scripts\n"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_help_shows_and_suggests_a_scripts_own_flags_only(script: str) -> None:
     (found,) = problems(*LEAST[script], "--validation_imags", "x", script=script)
-    assert ("nearest: --validation_images" in found) == (script in IMAGE_SCRIPTS)
-    text = args.build_parser(SCRIPTS[script], None).format_help()
-    assert ("--validation_images" in text) == (script in IMAGE_SCRIPTS)
+    assert ("nearest: --validation_images" in found) == (script in (IMAGE_LORA, IMAGE_SFT))
+    text = args.build_parser(OPTIONS[script], None).format_help()
+    assert ("--validation_images" in text) == (script in (IMAGE_LORA, IMAGE_SFT))
     assert ("--lora_alpha" in text) == (script in (LORA, IMAGE_LORA))
 
 
@@ -728,7 +716,7 @@ def test_flags_without_effect_beside_others_are_remarked(
 
 
 def test_requests_without_a_server_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
-    args.parse(SCRIPTS[CAPTION], None, [*TRAIN_LEAST, "--caption_model", "m", "--request_attempts", "2"])
+    args.parse(OPTIONS[CAPTION], None, [*TRAIN_LEAST, "--caption_model", "m", "--request_attempts", "2"])
     assert capsys.readouterr().err.startswith("--request_attempts: has no effect; there is no --endpoint")
 
 
@@ -855,7 +843,7 @@ def test_idle_flags_are_read_by_nobody() -> None:
 
 
 def test_every_group_is_taken_by_a_script() -> None:
-    taken = {of for options in SCRIPTS.values() for of in typing.get_type_hints(options).values()}
+    taken = {of for options in OPTIONS.values() for of in typing.get_type_hints(options).values()}
     assert taken == set(GROUPS.values())
 
 
@@ -871,9 +859,9 @@ def test_every_flag_has_one_help_line(group: str) -> None:
         assert "\n" not in item.metadata["help"], item.name
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OPTIONS)
 def test_no_name_is_used_twice_in_a_script(script: str) -> None:
-    names = [name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
+    names = [name for _, item, _ in fields_of(OPTIONS[script]) for name in (item.name, *item.metadata["aliases"])]
     assert len(names) == len(set(names))
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from real_clips import write_video
 from running import ROOT
-from test_readme import OPTIONS
+from script_options import OPTIONS
 
 from cogvideox.config import args
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import launched_environment, parsed_launch
+from script_options import OPTIONS
 from waiting import eventually
 
 from cogvideox.checks import TRAINING_CHECKS
@@ -21,8 +22,6 @@ from cogvideox.config.deepspeed import offload_device, zero_stage
 from cogvideox.config.geometry import check_heads
 from cogvideox.config.optimizers import check_optimizer
 from cogvideox.config.options import (
-    ImageLoraOptions,
-    ImageSftOptions,
     LoraOptions,
     PrepareOptions,
     SftOptions,
@@ -43,13 +42,6 @@ DEEPSPEED_STAGES = {"deepspeed": 2, "zero2": 2, "zero2_offload": 2, "zero3": 3, 
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 TRAIN = sorted(ROOT.glob("train_*.sh"))
 LORA = "train_text_to_video_lora.sh"
-OPTIONS = {
-    "cogvideox_text_to_video_lora.py": LoraOptions,
-    "cogvideox_text_to_video_sft.py": SftOptions,
-    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
-    "cogvideox_image_to_video_sft.py": ImageSftOptions,
-    "prepare_dataset.py": PrepareOptions,
-}
 HOSTILE = "BW_STYLE $(touch PWNED) `touch PWNED` \"q\" 'q' ; touch PWNED #\n* \\ é & | > PWNED :::two"
 
 # Writes the arguments of each call to a file in $CALLS, and then runs the Python code in $STUB, which may use `argv`.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from caption_server import CaptionServer, says, serving
 from running import ROOT, environment
-from test_readme import OPTIONS
+from script_options import OPTIONS
 from waiting import eventually
 
 from cogvideox.config import args

@@ -13,20 +13,11 @@ import record
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from running import ROOT
+from script_options import OPTIONS
 from torch.distributed.run import get_args_parser
 
 from cogvideox.config import args
-from cogvideox.config.options import (
-    CaptionOptions,
-    DoctorOptions,
-    ImageLoraOptions,
-    ImageSftOptions,
-    LoraOptions,
-    PrepareOptions,
-    SceneOptions,
-    SftOptions,
-    fields_of,
-)
+from cogvideox.config.options import DoctorOptions, fields_of
 from cogvideox.config.presets import PRESETS
 from cogvideox.export.inference_code import NUMBERS
 
@@ -35,16 +26,6 @@ BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
-OPTIONS = {
-    "caption_dataset.py": CaptionOptions,
-    "doctor.py": DoctorOptions,
-    "split_scenes.py": SceneOptions,
-    "prepare_dataset.py": PrepareOptions,
-    "cogvideox_text_to_video_lora.py": LoraOptions,
-    "cogvideox_text_to_video_sft.py": SftOptions,
-    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
-    "cogvideox_image_to_video_sft.py": ImageSftOptions,
-}
 
 
 SET_UP = (
