@@ -13,11 +13,8 @@ import pytest
 import random_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from tiny_benchmarks import shrink_models
 
-TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "time_embed_dim": 16}
-TINY |= {"text_embed_dim": 8, "max_text_seq_length": 6, "sample_height": 8, "sample_width": 12, "sample_frames": 9}
-TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
-TINY_VAE |= {"sample_height": 64, "sample_width": 96}
 CPU = ["--device", "cpu", "--results"]
 FIGURES = ("seconds_per_step", "first_step_seconds", "losses", "seconds", "peak_gib", "ratio", "mfu", "limit_ratio")
 LEAN = arms.PLAN_FLAGS["lean"]
@@ -27,10 +24,7 @@ ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-24gb", "5b-r128-lean"]
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shrinks the models of version 1, and runs the processes of bench.py in this process."""
-    for kind in ("2b", "5b"):
-        monkeypatch.setitem(random_models.TRANSFORMERS, kind, random_models.TRANSFORMERS[kind] | TINY)
-    monkeypatch.setattr(random_models, "VAE", random_models.VAE | TINY_VAE)
-    monkeypatch.setattr(random_models, "clip_size", lambda kind: (9, 64, 96))
+    shrink_models(monkeypatch)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -10,12 +10,11 @@ from typing import Any
 import arms
 import guide_memory
 import pytest
-import random_models
 import torch
 from guide_memory import ARMS, BUDGET, LEAN, ROWS
 from random_models import ROOT
 from record import put_into
-from test_bench import TINY, TINY_VAE
+from tiny_benchmarks import shrink_models
 
 from cogvideox.memory import streaming
 
@@ -25,10 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shrinks all models."""
-    for kind in ("2b", "5b"):
-        monkeypatch.setitem(random_models.TRANSFORMERS, kind, random_models.TRANSFORMERS[kind] | TINY)
-    monkeypatch.setattr(random_models, "VAE", random_models.VAE | TINY_VAE)
-    monkeypatch.setattr(random_models, "clip_size", lambda kind: (9, 64, 96))
+    shrink_models(monkeypatch)
     guide_memory.base_of.cache_clear()
     yield
     guide_memory.base_of.cache_clear()

@@ -11,7 +11,7 @@ import slow_copies
 import torch
 from profiling import IN, OUT
 from slow_copies import GB, SlowConnection, slowed
-from test_bench import TINY
+from tiny_benchmarks import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
