@@ -126,6 +126,16 @@ COLORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """Connects this process with itself only, for code that needs the groups of torch.distributed."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns a function that creates a tiny pipeline of a kind on first use. The session shares its folder."""

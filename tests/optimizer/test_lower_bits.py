@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from running import equal, sft_flags
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,14 +19,6 @@ from cogvideox.optimizer.engine import STATE_NAME, LocalEngine, ShardedEngine
 from cogvideox.optimizer.shard_files import raise_error
 from cogvideox.optimizer.sharded_weights import ShardedWeights
 from cogvideox.optimizer.step import MasterWeights, make_optimizer, rule_of
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def options_of(model: Path, *more: object) -> SftOptions:
@@ -82,7 +72,7 @@ def test_complete_masters_are_read_too(model: Path, tmp_path: Path) -> None:
     assert equal(other.masters.state(), engine.masters.state())
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_a_sharded_engine_joins_its_rows(model: Path, tmp_path: Path) -> None:
     options = options_of(model)
     engine, method = engine_of(options, refers=True, seed=1)

@@ -5,13 +5,12 @@ tests/project/test_engines.py has several processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from running import sft_flags
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,13 +26,7 @@ from cogvideox.optimizer.engine import ShardedEngine
 from cogvideox.optimizer.shard_files import raise_error
 from cogvideox.optimizer.sharded_weights import ShardedWeights
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize(("kind", "largest", "files"), [("5b", 5 * 10**9, 1), ("5b-i2v", 2 * 10**5, 3), ("2b", 1, 60)])

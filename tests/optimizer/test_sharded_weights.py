@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from running import finish, fork_ranks, python
 from stepping import values
 from torch import Tensor
@@ -29,17 +27,10 @@ from cogvideox.optimizer.shard_files import raise_error
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, gathered_modules, is_sharded
 from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights, RankNumbers
 
+pytestmark = pytest.mark.usefixtures("process_group")
 MAKE = partial(make_optimizer, OptimizerFlags(optimizer="adamw", weight_decay=0.01))
 CPU = torch.device("cpu")
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> Sequential:

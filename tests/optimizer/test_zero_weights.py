@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from fakes import options_of
 from safetensors.torch import load_file
 from stepping import values
@@ -37,13 +36,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP16],
 
 
 @pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
+def launched(process_group: None) -> Iterator[None]:
     """A process group of this process, with the environment variable that DeepSpeed wants from a launcher."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         yield
-    dist.destroy_process_group()
 
 
 def accelerator_of(stage: int, precision: str | None = None) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import ray_train
-import torch.distributed as dist
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from launching import launched_environment
@@ -235,6 +234,7 @@ def test_what_skypilot_starts_on_a_machine(tmp_path: Path) -> None:
     assert all(path.startswith(f"{shared}/") for path in (*options.data.data_root, options.train.output_dir))
 
 
+@pytest.mark.usefixtures("process_group")
 def test_what_ray_starts_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's classes are replaced by one that records its arguments. The worker has Ray's own process group."""
     made: dict[str, dict[str, Any]] = {}
@@ -256,11 +256,7 @@ def test_what_ray_starts_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     flags = ["training/cogvideox_text_to_video_sft.py", "--output_dir", "a b", "--max_failures", "7"]
     monkeypatch.setattr(sys, "argv", ["ray_train.py", "--workers", "16", *flags])
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        ray_train.main()
-    finally:
-        dist.destroy_process_group()
+    ray_train.main()
     [(words, environment)] = started
     assert words == [sys.executable, *flags]
     assert environment["MASTER_PORT"] not in ("29500", "0")
