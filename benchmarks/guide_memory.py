@@ -41,12 +41,15 @@ from record import device_and_versions, put_into
 from torch import nn
 
 from cogvideox.files import write_atomically
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory import streaming
+from cogvideox.planning import execution
 from cogvideox.planning.plan import CONTEXT
 
 SCRIPT, PREFIX = "guide_memory.py", "memory_"
 STEPS = 4
 LARGEST_CARD = 80.0  # GiB, of the A100 on which the factory measured
+SPARE = 4 * GIB  # bytes of host memory that stay free when a row allocates more
 OPTIMIZERS = {  # flags with which we do what the guides' optimizer does
     "adamw": (),
     "8bit": ("--use_8bit",),
@@ -260,7 +263,10 @@ class SharedWork(Work):
 
 
 class ReusedMappings:
-    """Stands for the module mmap, and gives host memory of an earlier row to the next one. New pages take longer."""
+    """Stands for the module mmap, and gives host memory of an earlier row to the next one. New pages take longer.
+
+    What no tensor uses counts as free when a plan is chosen, and is freed before new memory would take the last.
+    """
 
     def __init__(self) -> None:
         self._mappings: list[mmap.mmap] = []
@@ -269,13 +275,18 @@ class ReusedMappings:
     def __getattr__(self, name: str) -> Any:
         return getattr(mmap, name)
 
+    def _unused(self) -> list[mmap.mmap]:
+        # A tensor refers to the memory that it has. Here, the list, the loop and the argument refer to it.
+        return [m for m in self._mappings if sys.getrefcount(m) == 3]
+
     def mmap(self, fileno: int, length: int, flags: int) -> mmap.mmap:
         """Returns zeroed memory of at least ``length`` bytes, with the arguments of ``mmap.mmap``."""
-        # A tensor refers to the memory that it has. Here, the list, the loop and the argument refer to it.
-        unused = [m for m in self._mappings if sys.getrefcount(m) == 3]
+        unused = self._unused()
         found = min((m for m in unused if length <= len(m) <= 1.1 * length), key=len, default=None)
-        del unused
         if found is None:
+            if free_host_bytes() < length + SPARE:
+                self._mappings = [m for m in self._mappings if m not in unused]
+            del unused
             found = mmap.mmap(fileno, length, flags=flags)
             self._mappings.append(found)
         else:
@@ -283,13 +294,18 @@ class ReusedMappings:
         self._taken.add(id(found))
         return found
 
+    def free_host_bytes(self) -> int:
+        """Returns the host memory that a row may allocate: what is free, and what earlier rows have left."""
+        return free_host_bytes() + sum(map(len, self._unused()))
+
     def lent(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        """Calls a function that allocates host memory."""
-        streaming.mmap = self  # type: ignore[assignment]
+        """Calls a function that chooses a plan and allocates host memory."""
+        original = execution.free_host_bytes
+        streaming.mmap, execution.free_host_bytes = self, self.free_host_bytes  # type: ignore[assignment]
         try:
             return run(*arguments)
         finally:
-            streaming.mmap = mmap
+            streaming.mmap, execution.free_host_bytes = mmap, original
 
     def next_row(self) -> None:
         """Frees what the last row did not use."""

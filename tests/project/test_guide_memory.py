@@ -16,7 +16,9 @@ from random_models import ROOT
 from record import put_into
 from tiny_benchmarks import shrink_models
 
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory import streaming
+from cogvideox.planning import execution
 
 CPU = torch.device("cpu")
 
@@ -202,3 +204,25 @@ def test_host_memory_of_a_row_is_used_again(monkeypatch: pytest.MonkeyPatch) -> 
     del other
     mappings.next_row()
     assert not mappings._mappings
+
+
+def test_memory_of_earlier_rows_counts_as_free_and_yields_to_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a row would have another plan than in a process of its own, or both would be allocated at once."""
+    free = guide_memory.SPARE + 50_000
+    monkeypatch.setattr(guide_memory, "free_host_bytes", lambda: free)
+    mappings = guide_memory.ReusedMappings()
+
+    def allocate(size: int) -> dict[str, Any]:
+        return {"free": execution.free_host_bytes(), "buffer": streaming.host_buffer(size)}
+
+    def sizes() -> list[int]:
+        return [len(mapping) for mapping in mappings._mappings]
+
+    used = mappings.lent(allocate, 10_000)
+    assert mappings.lent(allocate, 20_000)["free"] == free
+    assert mappings.lent(allocate, 50_000)["free"] == free + 20_000
+    assert sizes() == [10_000, 20_000, 50_000]
+    assert mappings.lent(allocate, 60_000)["free"] == free + 70_000
+    assert sizes() == [10_000, 60_000]
+    assert not used["buffer"].any()
+    assert execution.free_host_bytes is free_host_bytes
