@@ -164,11 +164,23 @@ def make_room(device: torch.device, keeps_graphs: bool = False) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        free_pinned_memory()
         torch.cuda.set_per_process_memory_fraction(1.0)
         left = torch.cuda.memory_allocated(device)
         if left > LEFT:
             raise RuntimeError(f"{left / GIB:.2f} GiB of the previous arm are still allocated on the device")
         peak_gib(device)
+
+
+def free_pinned_memory() -> None:
+    """Frees the pinned memory that torch keeps for later tensors.
+
+    That of torchao's optimizer takes 36 GiB for all weights of 5b, which later arms would find missing.
+    """
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    else:  # in versions before 2.12
+        torch._C._host_emptyCache()
 
 
 def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -278,25 +290,27 @@ def stock(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
     if transformer.config.use_rotary_positional_embeddings:
         rotary = pipe._prepare_rotary_positional_embeddings(work.bucket.height, work.bucket.width, frames, device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(transformer, stock_optimizer(parameters, offloads))
-    clean, prompt = work.random(frames, *rest), work.random_prompt()
-    meter = Meter(device)
-    for _ in range(steps):
-        noise, timestep = torch.randn_like(clean), work.random_timestep()
-        noisy = scheduler.add_noise(clean, noise, timestep)
-        output = model(noisy, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
-        predicted = scheduler.get_velocity(output, noisy, timestep)
-        weight = 1 / (1 - scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1))
-        loss = (weight * (predicted - clean) ** 2).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        meter.step_ended(loss)
-    accelerator.free_memory()
-    forget_hooks(parameters)
-    return meter.figures()
+    try:
+        model, optimizer = accelerator.prepare(transformer, stock_optimizer(parameters, offloads))
+        clean, prompt = work.random(frames, *rest), work.random_prompt()
+        meter = Meter(device)
+        for _ in range(steps):
+            noise, timestep = torch.randn_like(clean), work.random_timestep()
+            noisy = scheduler.add_noise(clean, noise, timestep)
+            output = model(noisy, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+            predicted = scheduler.get_velocity(output, noisy, timestep)
+            weight = 1 / (1 - scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1))
+            loss = (weight * (predicted - clean) ** 2).mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+            meter.step_ended(loss)
+        return meter.figures()
+    finally:
+        accelerator.free_memory()
+        forget_hooks(parameters)
 
 
 # -- our arm -----------------------------------------------------------------------------------------------------------

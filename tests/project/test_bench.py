@@ -13,6 +13,7 @@ import pytest
 import random_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import CogVideoXPipeline  # noqa: F401  The log of its first import keeps the frames of its callers.
 from tiny_benchmarks import shrink_models
 
 CPU = ["--device", "cpu", "--results"]
@@ -308,10 +309,9 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
     assert set(bench_table.PLANS) == {*bench_table.STOCK, *arms.PLAN_FLAGS}
 
 
-@pytest.mark.parametrize(
-    "arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, LEAN, 2, validates=True)]
-)
-def test_an_arm_frees_all_of_its_memory(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def transformers(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Refers to every transformer that arms make."""
     made: list[weakref.ref[Any]] = []
     make = arms.Work.make_transformer
 
@@ -321,15 +321,54 @@ def test_an_arm_frees_all_of_its_memory(arm: Callable[[arms.Work], Any], monkeyp
         return transformer
 
     monkeypatch.setattr(arms.Work, "make_transformer", watched)
+    return made
+
+
+@pytest.mark.parametrize(
+    "arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, LEAN, 2, validates=True)]
+)
+def test_an_arm_frees_all_of_its_memory(arm: Callable[[arms.Work], Any], transformers: list[weakref.ref[Any]]) -> None:
     work = arms.Work("5b", 16, 1, torch.device("cpu"))
     arm(work)
     arms.make_room(work.device)
-    assert [found() for found in made] == [None]
+    assert [found() for found in transformers] == [None]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_an_optimizer_keeps_by_hooks_is_freed(
+    fails: bool, transformers: list[weakref.ref[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchao's optimizer on the host registers a hook of each weight that refers to all weights."""
+
+    def keeping(parameters: list[torch.Tensor], offloads: bool) -> torch.optim.Optimizer:
+        assert offloads
+        model = transformers[0]()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda _: model and None)
+        return torch.optim.SGD(parameters, 0.0)
+
+    class Failing(arms.Meter):
+        def step_ended(self, loss: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(arms, "stock_optimizer", keeping)
+    if fails:
+        monkeypatch.setattr(arms, "Meter", Failing)
+    work = arms.Work("5b", 0, 1, torch.device("cpu"))
+    assert ("failed" in arms.attempt(arms.stock, work, 2, True)) is fails
+    arms.make_room(work.device)
+    assert [found() for found in transformers] == [None]
 
 
 def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * arms.GIB)
+    freed = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: freed.append("pinned"))
     with pytest.raises(RuntimeError, match=r"3\.00 GiB of the previous arm"):
         arms.make_room(torch.device("cuda"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")  # as in older versions
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: freed.append("pinned before"), raising=False)
+    arms.free_pinned_memory()
+    assert freed == ["pinned", "pinned before"]
