@@ -28,7 +28,7 @@ from running import (
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.parity import ParityError
 from cogvideox.model import tasks
-from cogvideox.runtime.checkpoint import checkpoints
+from cogvideox.runtime.checkpoint_files import checkpoints
 
 Tiny = Callable[[str], Path]
 KINDS = ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"]  # test_scripts.py trains 5b.

@@ -21,7 +21,7 @@ from cogvideox.evaluation import validation
 from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator, evaluation_mode
 from cogvideox.model import models
-from cogvideox.runtime.checkpoint import checkpoints
+from cogvideox.runtime.checkpoint_files import checkpoints
 
 HOSTILE = [
     "two\nlines\r\n\tand more",

@@ -99,7 +99,7 @@ CHECKPOINT = """
     from fakes import FakeEngine, run_alone, saver_of
     from cogvideox.host_memory import left_in
     from cogvideox.runtime import checkpoint
-    from cogvideox.runtime.checkpoint import damage_of
+    from cogvideox.runtime.checkpoint_files import damage_of
 
     checkpoint.COPY_SHARE = {share}
     engine, out = FakeEngine(), Path({out!r})

@@ -20,7 +20,7 @@ from cogvideox.optimizer.adam import Adam, split
 from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
 from cogvideox.optimizer.step import MasterWeights
-from cogvideox.runtime.checkpoint import damage_of
+from cogvideox.runtime.checkpoint_files import damage_of
 
 SHAPES = {"down": (8, 5), "up": (6, 8), "bias": (7,)}
 YES, NO = torch.ones(()), torch.zeros(())

@@ -23,7 +23,7 @@ from cogvideox.model import transformer_files
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.engine import LocalEngine
-from cogvideox.runtime.checkpoint import file_hash
+from cogvideox.runtime.checkpoint_files import file_hash
 from cogvideox.tensor_files import DTYPES, Piece, pieces_of, write_tensors
 
 

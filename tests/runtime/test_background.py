@@ -31,7 +31,8 @@ from cogvideox.optimizer.step import MasterWeights, rule_of
 from cogvideox.runtime import background, checkpoint
 from cogvideox.runtime.background import Reserve, Snapshot
 from cogvideox.runtime.best import BestCheckpoint
-from cogvideox.runtime.checkpoint import Saver, checkpoints, damage_of
+from cogvideox.runtime.checkpoint import Saver
+from cogvideox.runtime.checkpoint_files import checkpoints, damage_of
 from cogvideox.runtime.disk_room import copy_bytes
 from cogvideox.tensor_files import Piece, pieces_of
 

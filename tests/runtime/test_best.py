@@ -17,7 +17,7 @@ from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut
 from cogvideox.runtime import best as best_module
 from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of, not_better
-from cogvideox.runtime.checkpoint import checkpoints, damage_of, step_of
+from cogvideox.runtime.checkpoint_files import checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import GRID, column, read_records
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
 

@@ -1,4 +1,4 @@
-"""checkpoint.py: checkpoints are complete or absent, the newest complete one is resumed, and none is removed early."""
+"""Checkpoints are complete or absent, the newest complete one is resumed, and none is removed early."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ from running import (
 from cogvideox import tensor_files
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError
-from cogvideox.runtime import checkpoint
-from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of, find_start, replaced_by
+from cogvideox.runtime import checkpoint, checkpoint_files
+from cogvideox.runtime.checkpoint import replaced_by
+from cogvideox.runtime.checkpoint_files import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of
+from cogvideox.runtime.resume import find_start
 
 
 def names(output: Path) -> list[str]:
@@ -126,7 +128,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path: Path, monkey
     """The first rank has found a folder that exists on its machine only."""
     save_steps(run_alone(tmp_path / "first"), 2)
     there, run = tmp_path / "first" / "checkpoint-2", run_alone(tmp_path / "own")
-    seen_by_first = {f"in {tmp_path / 'missing'} the manifest": checkpoint.file_hash(there / MANIFEST_NAME)}
+    seen_by_first = {f"in {tmp_path / 'missing'} the manifest": checkpoint_files.file_hash(there / MANIFEST_NAME)}
     monkeypatch.setattr(run.ranks, "is_main_process", False)
     monkeypatch.setattr(run.ranks, "from_main", lambda _: (tmp_path / "missing", None))
     monkeypatch.setattr(run.ranks, "gather", lambda values: [seen_by_first, *values])
@@ -276,14 +278,14 @@ def test_a_damaged_checkpoint_is_kept_if_its_step_is_saved_again(tmp_path: Path)
 @pytest.mark.fault("checkpoints: a file cannot be read")
 def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
-    real = checkpoint.file_hash
+    real = checkpoint_files.file_hash
 
     def broken(path: Path) -> str:
         if path.parent.name == "checkpoint-4":
             raise OSError(errno.EIO, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "file_hash", broken)
+    monkeypatch.setattr(checkpoint_files, "file_hash", broken)
     assert resumed(tmp_path) == (2, 2.0)
 
 
@@ -383,7 +385,7 @@ def test_a_failing_disk_keeps_old_checkpoints(tmp_path: Path, monkeypatch: pytes
     save_steps(run_alone(tmp_path), 2, 4)
     broken = (lambda folder: "torn") if function == "damage_of" else fails
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, function, broken)
+        patch.setattr(checkpoint_files, function, broken)
         with pytest.raises((OSError, DiskError), match=r"no space|torn; is the disk full, or"):
             save_steps(run_alone(tmp_path), 4, limit=1)
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
@@ -392,8 +394,8 @@ def test_a_failing_disk_keeps_old_checkpoints(tmp_path: Path, monkeypatch: pytes
 
 def test_seal_finds_a_file_that_changes_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(run_alone(tmp_path), 2)
-    before = checkpoint.fsync
-    monkeypatch.setattr(checkpoint, "fsync", lambda path: (before(path), path.is_dir() and lose(path)))
+    before = checkpoint_files.fsync
+    monkeypatch.setattr(checkpoint_files, "fsync", lambda path: (before(path), path.is_dir() and lose(path)))
     with pytest.raises(DiskError, match=r"optimizer.safetensors is missing; is the disk full, or does it fail"):
         save_steps(run_alone(tmp_path), 4, limit=1)
     assert names(tmp_path) == ["checkpoint-2"]

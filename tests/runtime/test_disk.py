@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.errors import DiskError
-from cogvideox.runtime.checkpoint import checkpoints, damage_of
+from cogvideox.runtime.checkpoint_files import checkpoints, damage_of
 
 
 @pytest.mark.fault("disk: no POSIX locks, and folders that cannot be fsynced", times=2)

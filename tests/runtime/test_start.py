@@ -30,7 +30,7 @@ from cogvideox.config.conflicts import check_trackers
 from cogvideox.config.options import tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.model import models
-from cogvideox.runtime.checkpoint import SAMPLES_NAME
+from cogvideox.runtime.resume import SAMPLES_NAME
 
 VALIDATED = ("--load_tensors", "--validation_prompt", PROMPT)
 

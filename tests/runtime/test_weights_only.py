@@ -14,8 +14,9 @@ from running import equal, losses, safetensors_of, sft_flags, train_all
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
-from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of, state_after_loss
+from cogvideox.runtime.checkpoint_files import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of
 from cogvideox.runtime.disk_room import checkpoint_bytes
+from cogvideox.runtime.resume import state_after_loss
 
 FLAG = "--checkpoint_weights_only"
 LOST = "with fresh optimizer state, and with master weights that were rounded to bf16, so not as if"

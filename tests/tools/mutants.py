@@ -108,7 +108,7 @@ MUTANTS = (
     Mutant("data/cache.py", "stamp_of(path) != before", "False", ("test_added_clips.py", "-k", "whichever_process")),
     # checkpoints
     Mutant(
-        "runtime/checkpoint.py",
+        "runtime/checkpoint_files.py",
         'or file_hash(path) != entry["sha256"]',
         "",
         ("test_checkpoint.py", "-k", "damage_is_found"),

@@ -59,22 +59,14 @@ from cogvideox.planning.plan import HOST, ExecutionPlan
 from cogvideox.planning.warm_up import has_no_bound, warm_up
 from cogvideox.preparation.tensors import Tensors, open_tensors
 from cogvideox.runtime.best import BestCheckpoint
-from cogvideox.runtime.checkpoint import (
-    DATA,
-    Saver,
-    StartPoint,
-    check_length,
-    check_same_samples,
-    find_start,
-    restart_hint,
-    safe_text,
-    write_samples,
-)
+from cogvideox.runtime.checkpoint import Saver
+from cogvideox.runtime.checkpoint_files import restart_hint, safe_text
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.ranks import Ranks, lost_ranks_reported
 from cogvideox.runtime.report import write_report
+from cogvideox.runtime.resume import DATA, StartPoint, check_length, check_same_samples, find_start, write_samples
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 from cogvideox.runtime.trackers import log_media, start_trackers

@@ -37,7 +37,7 @@ from cogvideox.preparation.captions import prompt_notes
 from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.progress import ProgressBar
-from cogvideox.runtime.checkpoint import as_written_now
+from cogvideox.runtime.resume import as_written_now
 from cogvideox.runtime.run import Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"

@@ -3,7 +3,9 @@
 run.py         starts a run: processes, device, output folder and its lock; writes metrics.jsonl
 startup.py     measures the phases of a run until its first step
 ranks.py       connects the processes of a run: barriers, and agreement on the last optimizer step
-checkpoint.py  writes, verifies and finds checkpoints, and compares a checkpoint's settings with the run's
+checkpoint_files.py  lists, verifies and renames the folders of checkpoints
+resume.py      finds the checkpoint from which a run continues, and compares its settings and data with the run's
+checkpoint.py  writes checkpoints, and removes old ones
 background.py  copies a checkpoint to host memory, and writes it in a thread while training goes on
 disk_room.py   predicts the disk space of a run and the time to write a checkpoint
 best.py        keeps the checkpoint with the lowest held-out loss

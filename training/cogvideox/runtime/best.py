@@ -12,8 +12,10 @@ from typing import TypedDict
 
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
-from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, StartPoint, checkpoints, damage_of, step_of
+from cogvideox.runtime.checkpoint import Saver
+from cogvideox.runtime.checkpoint_files import CHECKPOINT_PREFIX, checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import column, of_grid, read_records
+from cogvideox.runtime.resume import StartPoint
 from cogvideox.runtime.run import METRICS_NAME
 
 BEST_NAME = "best.json"

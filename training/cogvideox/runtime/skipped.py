@@ -10,7 +10,7 @@ from collections import Counter
 
 from cogvideox.errors import NonFiniteError
 from cogvideox.optimizer.step import LOSS_SCALE
-from cogvideox.runtime.checkpoint import resume_hint
+from cogvideox.runtime.checkpoint_files import resume_hint
 from cogvideox.runtime.metrics import read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, TrainedSample
 

@@ -1,0 +1,246 @@
+"""Finds the checkpoint from which a run continues, and compares its settings and its data with those of the run.
+
+``find_start`` compares the settings before a model is loaded, and ``check_same_samples`` compares the data when they
+are known. ``StartPoint.load`` loads the checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE
+from cogvideox.config.options import LoraOptions, TrainOptions
+from cogvideox.data.cache import CacheIndex
+from cogvideox.errors import UsageError
+from cogvideox.files import write_atomically
+from cogvideox.model.methods import Method
+from cogvideox.optimizer.engine import STATE_NAME, Engine
+from cogvideox.runtime.checkpoint_files import (
+    CHECKPOINT_PREFIX,
+    DAMAGED,
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    checkpoints,
+    damage_of,
+    file_hash,
+    keep_damaged,
+)
+from cogvideox.runtime.run import METRICS_NAME, Run
+
+SAMPLES_NAME = "samples.json"
+DATA = "data"  # the entry of a recipe that names the samples
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Describes where training starts: at step 0, or from a complete checkpoint.
+
+    Attributes:
+        folder: The checkpoint; None if the run is new.
+        step: Optimizer steps that are done.
+        recipe: The settings that the checkpoint was made with.
+    """
+
+    folder: Path | None = None
+    step: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_only(self) -> bool:
+        """Returns whether the checkpoint has only the weights; then the engine must be made from these."""
+        return self.folder is not None and not (self.folder / STATE_NAME).exists()
+
+    def load(self, run: Run, engine: Engine, method: Method) -> None:
+        """Loads the checkpoint, if there is one, into the engine and the method; otherwise renames damaged ones."""
+        if self.folder is None:
+            if run.is_main:
+                keep_all_damaged(run.output_dir)
+        elif self.weights_only:
+            lost = state_after_loss(run, self.recipe)
+            run.say(f"resuming from the weights in {self.folder} after step {self.step}, {lost}")
+        else:
+            engine.load(self.folder)
+            method.resume(self.folder)
+            run.say(f"resuming from {self.folder} after step {self.step}")
+
+
+def state_after_loss(run: Run, recipe: Mapping[str, object]) -> str:
+    """Returns, for a message, with what a run of this recipe resumes from a checkpoint that has only the weights."""
+    rounded = ""
+    if run.precision != "no" and not recipe.get("use_stochastic_rounding"):
+        rounded = f", and with master weights that were rounded to {run.precision}"
+    return f"with fresh optimizer state{rounded}, so not as if it had not been interrupted"
+
+
+def keep_all_damaged(output_dir: Path) -> None:
+    """Renames all checkpoints, none of which is usable, and their metrics, before a run starts at step 0."""
+    found = checkpoints(output_dir)
+    metrics = output_dir / METRICS_NAME
+    if found and metrics.exists():
+        keep_damaged(metrics)  # This comes first, so that a start after a kill in between still finds the checkpoints.
+    for folder in found:
+        keep_damaged(folder)
+
+
+def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
+    """Finds the newest complete checkpoint, or the requested one, and compares its recipe with this run's.
+
+    This needs no model. ``recipe`` has everything but the data, which ``check_same_samples`` compares once they are
+    known. Only the main process reads all files to verify them; of a sharded checkpoint, the others load a part.
+
+    Raises:
+        UsageError: The requested checkpoint does not exist, is damaged, or was made with other settings, or a process
+            does not see it. Every rank raises it.
+    """
+    if run.is_main:
+        for leftover in run.output_dir.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
+            shutil.rmtree(leftover)
+    run.barrier()
+    folder, problem = None, None
+    if run.is_main:
+        try:
+            folder = find_checkpoint(run, options.train.resume_from_checkpoint)
+        except UsageError as error:
+            problem = error
+    folder, problem = run.from_main((folder, problem))
+    if problem is not None:
+        raise problem
+    if folder is None:
+        return StartPoint()
+    seen = file_hash(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).exists() else None
+    run.ranks.check_agreement({f"in {folder} the manifest": seen}, "give a folder that all machines share")
+    progress = json.loads((folder / PROGRESS_NAME).read_text())
+    start = StartPoint(folder, progress["step"], progress["recipe"])
+    check_recipe(start, recipe, options)
+    check_length(start, options.train.max_train_steps, run.output_dir)
+    return start
+
+
+def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
+    """Returns the checkpoint to start from, or None if the run starts at step 0."""
+    if wanted not in (None, "latest"):
+        folder = Path(str(wanted))
+        folder = folder if folder.is_dir() else run.output_dir / folder
+        problem = damage_of(folder) if folder.is_dir() else "the folder does not exist"
+        if problem:
+            there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}; in {run.output_dir}: {there}")
+        return folder
+    found = checkpoints(run.output_dir)
+    for folder in found:
+        problem = damage_of(folder)
+        if problem is None:
+            return folder
+        run.say(f"{folder}: {problem}; trying the one before")
+    if found:
+        run.say(
+            f"{run.output_dir}: all {len(found)} checkpoints are damaged, so training starts at step 0; they and the "
+            f"metrics are kept as {DAMAGED}*; if there is an intact copy elsewhere, stop this run and give "
+            "--resume_from_checkpoint FOLDER"
+        )
+    return None
+
+
+# -- settings that a resumed run shares with the interrupted one -------------------------------------------------------
+
+
+def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -> None:
+    """Raises UsageError if a run has passed its last step already. ``total_steps`` is None if it is not known yet."""
+    if total_steps is not None and start.step > total_steps:
+        raise UsageError(
+            f"--max_train_steps {total_steps}: {output_dir} is at step {start.step} already; "
+            "give more, or --resume_from_checkpoint with an earlier one"
+        )
+
+
+def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
+    """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
+    now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
+    then = as_written_now(start.recipe, now)
+    free = {DATA, *options.train.allow_changed}
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
+    if changed:
+        differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]
+        hint = continue_hint(start, changed, options)
+        raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
+
+
+def as_written_now(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """Returns a recipe that an earlier version may have written as this version writes it.
+
+    Args:
+        then: The recipe that was written.
+        now: A recipe of this version.
+    """
+    # Earlier versions did not have some of the switches, and trained as this version does where those are off.
+    found = {name: False for name, value in now.items() if value is False} | dict(then)
+    # They named the places of state, and the engine. Checkpoints of DeepSpeed's engine were other files then.
+    found = {name: value for name, value in found.items() if name not in PLACES_OF_STATE}
+    return {name: value for name, value in found.items() if (name, value) != ("engine", "local")}
+
+
+def continue_hint(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
+    """Returns, for a message, the flags that allow a changed setting or that start a new run from the weights."""
+    allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
+    if isinstance(options, LoraOptions):
+        weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
+    else:
+        weights = "--pretrained_model_name_or_path with the folder of --save_pipeline continues with its weights"
+    return f"{allowed}start a new run with another --output_dir ({weights})"
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
+    """Raises UsageError if a checkpoint was trained on other samples, unless --allow_changed permits it."""
+    same = start.folder is None or start.recipe.get(DATA) == index.fingerprint
+    if same or DATA in options.train.allow_changed:
+        return
+    assert start.folder is not None
+    difference = data_difference(start, index)
+    hint = continue_hint(start, [DATA], options)
+    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {hint}")
+
+
+def data_difference(start: StartPoint, index: CacheIndex) -> str:
+    """Returns, for a message, how the samples differ from those of a checkpoint, as far as samples.json has them."""
+    assert start.folder is not None
+    try:
+        written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
+        then: dict[str, str] = dict(written["samples"])
+        known = written["fingerprint"] == start.recipe.get(DATA)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        return "clips or captions differ"  # samples.json is missing, or belongs to another checkpoint
+    now = index.digests
+    groups = {
+        "added": [name for name in now if name not in then],
+        "removed": [name for name in then if name not in now],
+        "changed": [name for name in now if name in then and now[name] != then[name]],
+    }
+    parts = [f"{count(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
+    return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
+
+
+def count(number: int, what: str) -> str:
+    """Returns a number with its noun, in the plural if needed."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first NAMES_SHOWN names, separated by commas."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+def write_samples(output_dir: Path, index: CacheIndex) -> None:
+    """Writes samples.json, the samples that a run is trained on, so that a resumed run can report changes."""
+    captions = {sample.id: sample.caption for sample in index.samples}
+    content = {"fingerprint": index.fingerprint, "samples": index.digests, "captions": captions}
+    write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())
