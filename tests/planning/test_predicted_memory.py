@@ -32,6 +32,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.gpu
+@pytest.mark.timed
 @pytest.mark.long
 @pytest.mark.fault("memory: the peak that a plan predicts, compared with the peak on a GPU")
 @pytest.mark.parametrize("plan", ["lean", "balanced", "fast"])
