@@ -126,6 +126,26 @@ COLORS = {
 }
 
 
+@pytest.fixture
+def suspended() -> Iterator[Callable[[Any], Any]]:
+    """suspended(process) waits until a process is stopped by SIGSTOP, and kills it at the end if it still runs."""
+    from waiting import eventually
+
+    processes: list[Any] = []
+
+    def wait(process: Any) -> Any:
+        processes.append(process)
+        stat = Path(f"/proc/{process.pid}/stat")
+        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        return process
+
+    yield wait
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     """Connects this process with itself only, for code that needs the groups of torch.distributed."""

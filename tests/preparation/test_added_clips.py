@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from preparing import complete, preparation, tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, finish, is_suspended, python
+from running import PREPARE_SCRIPT, SIZE, Forked, finish, python
 from waiting import eventually
 
 from cogvideox.config.flags import LoaderFlags
@@ -176,23 +176,6 @@ def test_a_list_that_has_become_invalid_replaces_nothing(
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def suspended(tiny: Tiny, data: Path, tmp_path: Path) -> Iterator[Callable[[str], Forked]]:
-    """Starts a preparation that is suspended before it opens a file, and waits until it is."""
-    processes: list[Forked] = []
-
-    def start(file: str) -> Forked:
-        processes.append(Forked(command(tiny, data, tmp_path), (f"open .*/{file}", 1, signal.SIGSTOP)))
-        eventually(lambda: is_suspended(processes[0]))
-        return processes[0]
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-
-
 def command(tiny: Tiny, data: Path, folder: Path) -> list[object]:
     flags = ["--data_root", data, "--output_dir", folder / "out", *SIZE, "--dataloader_num_workers", 1]
     return python(PREPARE_SCRIPT, "--model_id", tiny("5b"), *flags)
@@ -200,9 +183,9 @@ def command(tiny: Tiny, data: Path, folder: Path) -> list[object]:
 
 @pytest.mark.fault("ranks: two jobs prepare the same folder")
 def test_a_process_that_publishes_late_keeps_what_another_one_has_published(
-    tiny: Tiny, data: Path, tmp_path: Path, suspended: Callable[[str], Forked]
+    tiny: Tiny, data: Path, tmp_path: Path, suspended: Callable[[Forked], Forked]
 ) -> None:
-    older = suspended(r"\.index")
+    older = suspended(Forked(command(tiny, data, tmp_path), (r"open .*/\.index", 1, signal.SIGSTOP)))
     add_clip(data)
     assert f"7 samples in {tmp_path / 'out'}" in finish(Forked(command(tiny, data, tmp_path)))
     before = (tmp_path / "out/index.json").read_bytes()
@@ -214,9 +197,9 @@ def test_a_process_that_publishes_late_keeps_what_another_one_has_published(
 
 @pytest.mark.fault("ranks: two jobs prepare the same folder")
 def test_no_process_writes_a_report_while_another_one_does(
-    tiny: Tiny, data: Path, tmp_path: Path, suspended: Callable[[str], Forked]
+    tiny: Tiny, data: Path, tmp_path: Path, suspended: Callable[[Forked], Forked]
 ) -> None:
-    older = suspended(r"\.report\.html")
+    older = suspended(Forked(command(tiny, data, tmp_path), (r"open .*/\.report\.html", 1, signal.SIGSTOP)))
     assert len(open_index(tmp_path / "out").samples) == 6
     add_clip(data)
     newer = Forked(command(tiny, data, tmp_path))

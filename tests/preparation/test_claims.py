@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, is_suspended, python
+from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, python
 from waiting import eventually
 
 from cogvideox.data.cache import Ledger, NewRecords
@@ -22,6 +22,7 @@ from cogvideox.runtime.ranks import unconnected
 NUM_CLIPS, NUM_CAPTIONS = 6, 7  # the empty caption is embedded, too
 KEYS = [f"{number:015x}" + 49 * "0" for number in range(8)]
 FEW = ("--dataloader_num_workers", "1")  # then a process claims few clips ahead
+Suspended = Callable[[Forked], Forked]
 WRITE = r"open .*\.safetensors"  # a process is about to write a tensor, whose key it has claimed
 
 
@@ -37,17 +38,6 @@ def alone(command: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("alone")
     finish(Forked([*command, folder]))
     return folder
-
-
-@pytest.fixture
-def started() -> Iterator[list[Forked]]:
-    """Processes that are killed at the end if they still run."""
-    processes: list[Forked] = []
-    yield processes
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
 
 
 def rank_of(number: int, rank: int, command: list[object], moment: Moment | None = None) -> Forked:
@@ -81,15 +71,12 @@ def test_several_ranks_make_the_same_files_as_one(
 
 @pytest.mark.fault("ranks: two jobs prepare the same folder")
 def test_two_launches_divide_the_work_and_wait_for_each_other(
-    command: list[object], alone: Path, tmp_path: Path, started: list[Forked]
+    command: list[object], alone: Path, tmp_path: Path, suspended: Suspended
 ) -> None:
     folder = tmp_path / "out"
-    first = Forked([*command, folder], (WRITE, 9, signal.SIGSTOP))
-    started.append(first)
-    eventually(lambda: is_suspended(first))
+    first = suspended(Forked([*command, folder], (WRITE, 9, signal.SIGSTOP)))
     before = len(tensor_files(folder))
     second = Forked([*command, folder])
-    started.append(second)
     # The first launch has claimed the clip that it is about to write, and those that its worker decodes.
     eventually(lambda: len(tensor_files(folder)) > before)
     time.sleep(1)
@@ -103,15 +90,12 @@ def test_two_launches_divide_the_work_and_wait_for_each_other(
 
 @pytest.mark.fault("kills: an interruption of the preparation")
 def test_a_rank_takes_over_the_work_of_one_that_is_killed_and_that_one_can_be_restarted_alone(
-    command: list[object], alone: Path, tmp_path: Path, started: list[Forked]
+    command: list[object], alone: Path, tmp_path: Path, suspended: Suspended
 ) -> None:
     folder = tmp_path / "out"
-    killed = rank_of(2, 1, [*command, folder], (WRITE, 9, signal.SIGSTOP))
-    started.append(killed)
-    eventually(lambda: is_suspended(killed))
+    killed = suspended(rank_of(2, 1, [*command, folder], (WRITE, 9, signal.SIGSTOP)))
     before = len(tensor_files(folder))
     other = rank_of(2, 0, [*command, folder])
-    started.append(other)
     eventually(lambda: len(tensor_files(folder)) > before)
     time.sleep(1)
     assert other.poll() is None  # it waits for what the first one has claimed
@@ -145,18 +129,16 @@ def test_another_number_of_ranks_continues(command: list[object], alone: Path, t
 
 @pytest.mark.fault("ranks: one of two is suspended while clips are prepared")
 def test_a_rank_that_waits_in_vain_names_the_folder_and_the_flag(
-    command: list[object], alone: Path, tmp_path: Path, started: list[Forked]
+    command: list[object], alone: Path, tmp_path: Path, suspended: Suspended
 ) -> None:
     folder = tmp_path / "out"
-    suspended = rank_of(2, 1, [*command, folder], (WRITE, 1, signal.SIGSTOP))
-    started.append(suspended)
-    eventually(lambda: is_suspended(suspended))
+    silent = suspended(rank_of(2, 1, [*command, folder], (WRITE, 1, signal.SIGSTOP)))
     text = finish(rank_of(2, 0, [*command, folder, "--nccl_timeout", 1]), 1)
     rule = f"{folder}: another process has claimed 1 parts of the work and has finished none for 1 s"
     assert f"prepare_dataset.py: {rule}; end it, and the same command continues" in text
     assert "Traceback" not in text
-    suspended.send_signal(signal.SIGKILL)
-    suspended.wait()
+    silent.send_signal(signal.SIGKILL)
+    silent.wait()
     finish(rank_of(2, 0, [*command, folder]))
     check_equal(folder, alone)
 

@@ -294,11 +294,6 @@ def finish(process: Process, status: int = 0) -> str:
     return output
 
 
-def is_suspended(process: Process) -> bool:
-    """Returns whether a process was stopped by SIGSTOP."""
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
 def python(script: Path, *flags: object) -> list[object]:
     """Returns the command that runs a script with this Python."""
     return [sys.executable, script, *flags]
