@@ -671,6 +671,9 @@ def test_weights_are_sharded_where_a_copy_does_not_fit(
     assert world == 1 or (plan.HOST in used) == (state == plan.HOST)
     assert found.peak <= gib * GIB
     assert ("sharded over" in str(found)) == (shards > 1)
+    offloads = "FSDP_OFFLOAD_PARAMS" in env
+    assert (f"sharded over {shards} processes in host memory;" in str(found)) == offloads
+    assert shards == 1 or f"optimizer state on the {plan.HOST if offloads else plan.DEVICE}" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -702,7 +705,7 @@ def test_under_zero_2_each_process_has_all_weights(
     found = chosen(monkeypatch, tmp_path, 78, world, {"ACCELERATE_USE_DEEPSPEED": "true"} | environment)
     assert (found.shards, found.deepspeed, found.sharded) == (world, True, False)
     assert "42 on the device" in str(found)
-    assert "optimizer state sharded by DeepSpeed" in str(found)
+    assert f"optimizer state sharded by DeepSpeed on the {plan.HOST if environment else plan.DEVICE}" in str(found)
     assert found.peak <= 78 * GIB
     with pytest.raises(NoPlanError):
         chosen(monkeypatch, tmp_path, 24 if world == 4 else 10, world, {})

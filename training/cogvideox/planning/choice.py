@@ -85,6 +85,7 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
         seconds=float(seconds[place, index]),
         shards=sizes.shards,
         deepspeed=sizes.deepspeed,
+        shards_on_host=sizes.shards_on_host,
         sequence_parallel=sizes.sequence_parallel,
         exchanging=sizes.passes * sum(n * sum(exchange_seconds(k.keep, sizes, machine)) for k, n in chosen.items()),
     )

@@ -139,6 +139,7 @@ class ExecutionPlan:
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights
+    shards_on_host: bool = False  # whether each process stores its shards in host memory
     sequence_parallel: int = 1  # processes that divide the tokens of a sample
     exchanging: float = 0.0  # predicted seconds of a step in which these processes exchange tensors
 
@@ -160,14 +161,16 @@ class ExecutionPlan:
             for place in (DEVICE, HOST)
             if place != self.state and (n := sum(block.state == place for block in self.blocks))
         )
+        where = HOST if self.shards_on_host else self.state
         how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
             f"{count} blocks {how}, "
             + (f"sharded over {self.shards} processes" if self.sharded else f"{count - streamed} on the device")
+            + (" in host memory" if self.sharded and self.shards_on_host else "")
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",
-            "optimizer state " + ("sharded by DeepSpeed" if self.deepspeed else f"on the {self.state}") + elsewhere,
+            f"optimizer state {'sharded by DeepSpeed ' if self.deepspeed else ''}on the {where}{elsewhere}",
         ]
         if self.sequence_parallel > 1:
             parts.append(f"tokens divided between {self.sequence_parallel} processes")
