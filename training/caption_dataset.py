@@ -49,11 +49,12 @@ def main(options: CaptionOptions) -> int:
         rule = f"{len(clips)} of {present + len(clips)} clips have no caption, the first is {clips[0].video}"
         fix = "give --endpoint with the URL of a server, or --caption_model with the hub id of a model"
         raise UsageError(f"{rule}; {fix}; or write captions yourself, that one into {clips[0].place}")
-    model = VisionServer(options.caption) if options.caption.endpoint else LocalVisionModel(options.caption)
+    flags, cache_dir = options.caption, options.model.cache_dir
+    model = VisionServer(flags) if flags.endpoint else LocalVisionModel(flags, cache_dir)
     model.connect()
     limits = Limits(options.data.decode_timeout, int(options.data.decode_memory * 2**30))
     length = read_geometry(options.model).max_text_seq_length
-    captioning = Captioning(model, options.caption, limits, load_tokenizer(options.model), length)
+    captioning = Captioning(model, flags, limits, load_tokenizer(options.model), length)
     try:
         captioning.run(clips)
     finally:

@@ -17,9 +17,12 @@ processes divide the work as they go. Each may be killed, and started again by i
 """
 
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cogvideox.config import args
+from cogvideox.config.flags import FirstFrameFlags
 from cogvideox.config.geometry import check_preparation, read_geometry
 from cogvideox.config.options import PrepareOptions, needs_captions
 from cogvideox.data.forms.samples import check_data_roots
@@ -56,6 +59,8 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     geometry = read_geometry(options.model)
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
     image_variants = options.first_frames.num_image_noise_variants if with_images else 0
+    for line in images_without_effect(options) if ranks.is_main_process and not with_images else ():
+        print(line, file=sys.stderr)
     preparation = Preparation(
         *(options.model, options.data, options.encode, geometry, folder, ranks, image_variants),
         need_captions=needs_captions(options),
@@ -81,6 +86,16 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     given = shlex.quote(str(folder))
     ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {given} --load_tensors")
     return 0
+
+
+def images_without_effect(options: PrepareOptions) -> Iterator[str]:
+    """Yields a line for each flag about first frames that is given, if these are not encoded."""
+    given = {
+        "image_column": options.data.image_column is not None,
+        "num_image_noise_variants": options.first_frames != FirstFrameFlags(),
+    }
+    rule = "no first frames are encoded; give --save_image_latents if they are for an image-to-video model"
+    yield from (f"--{name}: has no effect; {rule}" for name, is_given in given.items() if is_given)
 
 
 if __name__ == "__main__":

@@ -413,6 +413,25 @@ def test_a_model_runs_in_this_process(model: Path, vision: Path, folder: Path, m
     assert (folder / "a.txt").read_text() == "A sentence.\n"
 
 
+def test_a_model_of_the_hub_is_stored_in_the_folder_of_the_flag(
+    model: Path, vision: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is in a cache as the hub's client makes it, where only --cache_dir leads to."""
+    import huggingface_hub.constants
+
+    from cogvideox.preparation.captioning import vision_local
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(vision_local, "caption_in", lambda answer: "A sentence.")
+    stored, commit = tmp_path / "cache" / "models--me--vision", "0" * 40
+    shutil.copytree(vision, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    flags = ("--caption_model", "me/vision", "--caption_tokens", 16, "--caption_frames", 1, "--max_captions", 1)
+    assert local(model, folder, *flags, "--cache_dir", tmp_path / "cache") == 0
+    assert len(list(folder.rglob("*.txt"))) == 1
+
+
 def test_a_batch_says_what_its_clips_say_alone(
     model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

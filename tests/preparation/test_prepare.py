@@ -930,3 +930,13 @@ def test_all_stages_share_their_worker_processes(
     assert (tmp_path / "report.html").is_file()
     assert len(started) == 1
     assert started[0].returncode is not None
+
+
+def test_flags_of_first_frames_that_are_not_encoded_are_remarked(
+    tiny: Callable[[str], Path], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--num_image_noise_variants", 2, "--image_column", "videos.txt", "--dry_run")
+    for more, number in (((), 2), (("--save_image_latents",), 0)):
+        running.prepare(tiny("5b"), clips, tmp_path / "tensors", *flags, *more)
+        found = [line for line in capsys.readouterr().err.splitlines() if "no first frames are encoded" in line]
+        assert len(found) == number

@@ -27,10 +27,15 @@ class LocalVisionModel:
         batch_size: Number of clips of one call.
     """
 
-    def __init__(self, flags: CaptionFlags) -> None:
-        """Prepares the model, which ``connect`` loads."""
+    def __init__(self, flags: CaptionFlags, cache_dir: str | None = None) -> None:
+        """Prepares the model, which ``connect`` loads.
+
+        Args:
+            flags: The flags of captions.
+            cache_dir: The folder for files downloaded from the hub; None for the usual one.
+        """
         self.threads, self.batch_size = 1, flags.concurrency
-        self._flags = flags
+        self._flags, self._cache_dir = flags, cache_dir
         self._model: Any = None
         self._processor: Any = None
 
@@ -42,13 +47,11 @@ class LocalVisionModel:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        name = self._flags.caption_model
+        name, given = self._flags.caption_model, {"cache_dir": self._cache_dir, "trust_remote_code": False}
         try:
-            self._processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            self._processor = AutoProcessor.from_pretrained(name, **given)
             # Only safetensors, because other weight files can run code when they are loaded.
-            model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype="auto", use_safetensors=True, trust_remote_code=False
-            )
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True, **given)
         except (OSError, ValueError, KeyError, ImportError) as error:
             fix = "give the hub id or the folder of a vision-language model, such as Qwen/Qwen2.5-VL-3B-Instruct"
             raise UsageError(f"--caption_model {name}: cannot be loaded ({first_line(error)}); {fix}") from None
