@@ -47,6 +47,7 @@ from cogvideox.config.options import (
     reads_clips,
     resolution,
     resolutions,
+    samples_per_step,
     separated,
     target_pattern,
     tracker_names,
@@ -239,22 +240,38 @@ def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
     found: dict[str, str] = {}
     if isinstance(options, PrepareOptions | TrainOptions):
         yield from longer_buckets(options.data)
+        if not draws_at_random(options.data):
+            rule = "all variants of a clip are equal; give --video_reshape_mode random, --frame_selection random"
+            found["num_augmentations"] = f"{rule} or --random_flip"
     if isinstance(options, CaptionOptions) and options.caption.endpoint is None:
         found |= dict.fromkeys(("request_timeout", "request_attempts"), "there is no --endpoint to send a request to")
     if isinstance(options, TrainOptions):
-        flags, trackers = options.optimizer, tracker_names(options.train.report_to)
-        for name, value, schedules in SCHEDULE_FLAGS:
-            if flags.lr_scheduler not in schedules and getattr(flags, name) != value:
-                found[name] = f"--lr_scheduler {flags.lr_scheduler} does not use it; give {' or '.join(schedules)}"
-        if not trackers:
-            found["tracker_name"] = "there is no tracker; give --report_to"
-        if "tensorboard" not in trackers:
-            found["logging_dir"] = "only tensorboard writes there; give --report_to tensorboard"
-        if options.loader.load_tensors:
-            found |= dict.fromkeys(("decode_timeout", "decode_memory"), "--load_tensors decodes no clip")
-        if not options.validation.settled:
-            found["num_validation_videos"] = "there is no --validation_prompt"
+        found |= without_effect_on_training(options)
     yield from (f"--{name}: has no effect; {reason}" for name, reason in found.items() if name in given)
+
+
+def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    """Yields (flag, reason) of each flag of a training script whose effect other flags prevent."""
+    flags, trackers = options.optimizer, tracker_names(options.train.report_to)
+    for name, value, schedules in SCHEDULE_FLAGS:
+        if flags.lr_scheduler not in schedules and getattr(flags, name) != value:
+            yield name, f"--lr_scheduler {flags.lr_scheduler} does not use it; give {' or '.join(schedules)}"
+    if options.loss.timestep_sampling == "stratified" and samples_per_step(options, launched_processes()) == 1:
+        yield "timestep_sampling", "an optimizer step has one sample; give --gradient_accumulation_steps"
+    if not trackers:
+        yield "tracker_name", "there is no tracker; give --report_to"
+    if "tensorboard" not in trackers:
+        yield "logging_dir", "only tensorboard writes there; give --report_to tensorboard"
+    if options.loader.load_tensors:
+        yield from ((name, "--load_tensors decodes no clip") for name in ("decode_timeout", "decode_memory"))
+    if not options.validation.settled:
+        yield "num_validation_videos", "there is no --validation_prompt"
+
+
+def draws_at_random(data: DataFlags) -> bool:
+    """Returns whether variants of a clip may differ."""
+    chosen = "random" in (data.video_reshape_mode, data.frame_selection)
+    return chosen or data.random_flip not in (None, 0.0, 1.0) or (data.num_augmentations or 1) == 1
 
 
 def longer_buckets(data: DataFlags) -> Iterator[str]:
