@@ -110,7 +110,7 @@ CHECKPOINT = """
     used = 2**40 - left_in(Path({limit!r}).parent)
     Path({limit!r}).write_text(str(used + int({room} * engine.weight.nbytes)))
     saver.save(2)
-    print("background" if saver.writing else "waited")
+    print("background" if "copied" in saver.writing.said else "waited")
     saver.finish()
     assert damage_of(out / "checkpoint-2") is None
 """

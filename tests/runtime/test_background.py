@@ -37,7 +37,8 @@ from cogvideox.runtime.disk_room import copy_bytes
 from cogvideox.tensor_files import Piece, pieces_of
 
 RESERVES = "while training goes on; 1000 bytes of host memory are reserved for copies"
-WAITS = "during which training waits: a copy needs 1000 bytes of host memory, and 1.1 KiB are free"
+WAITS = "training waits until it is written, and goes on while it is verified: a copy needs 1000 bytes of host memory, "
+WAITS += "and 1.1 KiB are free"
 
 
 class Slow:
@@ -116,7 +117,7 @@ def test_the_thread_leaves_the_cores_to_training(tmp_path: Path, monkeypatch: py
 def test_what_to_expect_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int, said: str) -> None:
     saver(tmp_path, FakeEngine()).announce(spare)
     text = capsys.readouterr().err
-    assert re.search(r"writes .* GiB and takes \d+ s \(.* a second were measured\), ", text)
+    assert re.search(r"writes .* GiB and takes \d+ s \(.* a second were measured\)[,;] ", text)
     assert said in text
 
 
@@ -186,9 +187,47 @@ def test_without_room_for_a_copy_training_waits(
     if reserves:
         saving.check()
     saving.save(2)
-    assert (saving.writing is None) == (free == 1000)
+    assert is_copied(saving) == (free == 1112)
     saving.finish()
     assert names(tmp_path) == ["checkpoint-2"]
+
+
+def is_copied(saving: Saver) -> bool:
+    """Returns whether the checkpoint that a thread works on was copied; otherwise training waited for the disk."""
+    assert saving.writing
+    return "copied to host memory" in saving.writing.said
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_room_training_goes_on_while_the_files_are_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    may_seal, seal = threading.Event(), checkpoint.seal
+
+    def slow_seal(*arguments: Any) -> None:
+        assert may_seal.wait(60)
+        if fails:
+            raise OSError(errno.EIO, "Input/output error")
+        seal(*arguments)
+
+    monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: 0)
+    monkeypatch.setattr(checkpoint, "seal", slow_seal)
+    engine = FakeEngine()
+    saving, expected = saver(tmp_path, engine), engine.weight.clone()
+    saving.save(2)
+    engine.weight.fill_(9.0)
+    saving.check()
+    assert names(tmp_path) == []
+    may_seal.set()
+    if fails:
+        with pytest.raises(DiskError, match="Input/output error"):
+            saving.finish()
+        assert os.listdir(tmp_path) == []
+        return
+    saving.finish()
+    assert load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")["weight"].equal(expected)
+    said = "checkpoint-2: training waited 0.0 s while it was written, and it was verified in 0 s"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spare", [1100, 1200])
@@ -203,7 +242,7 @@ def test_memory_that_a_larger_bucket_will_need_is_not_reserved(
     assert saving.reserve
     assert saving.reserve.num_bytes == (1000 if spare == 1200 else 0)
     saving.save(2)
-    assert (saving.writing is not None) == (spare == 1200)
+    assert is_copied(saving) == (spare == 1200)
     saving.close()
 
 
@@ -219,7 +258,8 @@ def test_if_the_system_refuses_memory_training_waits(
     saving = saver(tmp_path, FakeEngine())
     saving.check()
     saving.save(2)
-    assert saving.writing is None
+    assert not is_copied(saving)
+    saving.finish()
     assert os.listdir(tmp_path) == ["checkpoint-2"]
     said = "checkpoint-2: no host memory for a copy ([Errno 12] Cannot allocate memory), so training waits"
     assert said in capsys.readouterr().err

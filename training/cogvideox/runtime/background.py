@@ -5,7 +5,8 @@
 
 The next optimizer step changes what a checkpoint contains, so training waits until everything is copied. What is copied
 are the parts as they are stored; the thread puts them together. All copies of a run use the same memory, which a
-``Reserve`` makes ready before the first one.
+``Reserve`` makes ready before the first one. Without memory for a copy, training waits until everything is written, and
+the thread reads it back, verifies and renames it.
 """
 
 import os
@@ -133,22 +134,22 @@ class Snapshot:
 
 
 class Writing:
-    """Runs the thread that writes a checkpoint.
+    """Runs the thread that writes a checkpoint, or the part of that for which training does not wait.
 
     Attributes:
         step: The step of the checkpoint.
-        waited: Seconds for which training waited, while the checkpoint was copied.
+        said: What to say about it when the thread has ended, before the seconds that this took.
     """
 
-    def __init__(self, step: int, waited: float, work: Callable[[], None]) -> None:
+    def __init__(self, step: int, said: str, work: Callable[[], None]) -> None:
         """Starts the thread.
 
         Args:
             step: The step of the checkpoint.
-            waited: Seconds for which training waited.
+            said: See above.
             work: What the thread does.
         """
-        self.step, self.waited, self.work = step, waited, work
+        self.step, self.said, self.work = step, said, work
         self.error: BaseException | None = None
         self.seconds = 0.0
         # It is not a daemon, so the process does not end before the checkpoint is complete.

@@ -108,26 +108,36 @@ class Saver:
     def save(self, step: int) -> None:
         """Saves a complete checkpoint of ``step``, then removes those beyond the limit.
 
-        In the background, this returns when the state is copied to host memory, and a thread writes the copy; ``check``
-        and ``finish`` raise its errors. Where host memory has no room for a copy, this returns when all is written.
+        In the background, this returns when the state is copied to host memory, and a thread writes the copy. If host
+        memory has no room for a copy, this returns when all is written, and a thread verifies it. ``check`` and
+        ``finish`` raise the errors of the thread.
 
         Raises:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self.finish()
-        copied = self.in_background and self._has_room() and self._start_writing(step)
-        if not copied:
-            self._check_finite(step)
-            hashes: dict[Path, str] = {}
-
-            def write(path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
-                hashes[path] = write_tensors(path, pieces, metadata)
-
-            with self._guarded(step):
-                self._make_files(step, write)
-                self._publish(step, hashes)
-            self.run.barrier()
+        if not (self.in_background and self._has_room() and self._copy(step)):
+            self._write(step)
         self.saved_at = time.monotonic()
+
+    def _write(self, step: int) -> None:
+        """Writes a checkpoint while training waits; in the background, a thread then verifies and publishes it."""
+        started = time.monotonic()
+        self._check_finite(step)
+        hashes: dict[Path, str] = {}
+
+        def write(path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
+            hashes[path] = write_tensors(path, pieces, metadata)
+
+        with self._guarded(step):
+            self._make_files(step, write)
+        publish = partial(self._publish, step, hashes)
+        if self.in_background:
+            waited = f"training waited {time.monotonic() - started:.1f} s while it was written"
+            self.writing = Writing(step, f"{waited}, and it was verified", publish)
+        else:
+            publish()
+            self.run.barrier()
 
     def _has_room(self) -> bool:
         """Returns whether there is host memory for a copy of a checkpoint."""
@@ -162,7 +172,9 @@ class Saver:
 
     def _publish(self, step: int, hashes: Mapping[Path, str]) -> None:
         """Gives the checkpoint its final name, on the main process, and removes those beyond the limit."""
-        if self.run.is_main:
+        if not self.run.is_main:
+            return
+        with self._guarded(step):
             folder = self._temporary(step)
             progress = {"step": step, "recipe": self.recipe}
             (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
@@ -171,7 +183,7 @@ class Saver:
 
     # -- in the background --
 
-    def _start_writing(self, step: int) -> bool:
+    def _copy(self, step: int) -> bool:
         """Copies a checkpoint and starts the thread that writes it; returns whether the system gave memory for that."""
         started, memory = time.monotonic(), self.reserve.memory() if self.reserve else None
         snapshot = Snapshot(shares=self.engine.ema is None, memory=memory)
@@ -183,7 +195,8 @@ class Saver:
                 raise
             self.run.say(f"{CHECKPOINT_PREFIX}{step}: no host memory for a copy ({error}), so training waits")
             return False
-        self.writing = Writing(step, time.monotonic() - started, partial(self._write_snapshot, step, snapshot))
+        waited = f"training waited {time.monotonic() - started:.1f} s while it was copied to host memory"
+        self.writing = Writing(step, f"{waited}, and it was written", partial(self._write_snapshot, step, snapshot))
         return True
 
     def _write_snapshot(self, step: int, snapshot: Snapshot) -> None:
@@ -191,7 +204,8 @@ class Saver:
         with self._guarded(step):
             if bad := snapshot.not_finite():
                 raise self._not_finite_error(step, bad)
-            self._publish(step, snapshot.write())
+            hashes = snapshot.write()
+        self._publish(step, hashes)
 
     def check(self) -> None:
         """Does what ``finish`` does if the background thread has ended. Called after each step; does not wait.
@@ -213,8 +227,7 @@ class Saver:
         writing, self.writing = self.writing, None
         if writing:
             seconds = writing.result()
-            waited = f"training waited {writing.waited:.1f} s while it was copied to host memory"
-            self.run.say(f"{CHECKPOINT_PREFIX}{writing.step}: {waited}, and it was written in {seconds:.0f} s")
+            self.run.say(f"{CHECKPOINT_PREFIX}{writing.step}: {writing.said} in {seconds:.0f} s")
         while self.afterwards:
             self.afterwards.pop(0)()
 
@@ -274,9 +287,8 @@ class Saver:
             how += f", while training goes on; {size_text(self.copy_bytes or 0)} of host memory are reserved for copies"
         elif self.in_background:
             needed = size_text(self.copy_bytes or 0)
-            how += (
-                f", during which training waits: a copy needs {needed} of host memory, and {size_text(spare)} are free"
-            )
+            how += "; training waits until it is written, and goes on while it is verified: "
+            how += f"a copy needs {needed} of host memory, and {size_text(spare)} are free"
         else:
             how += ", during which training waits"
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
