@@ -11,12 +11,9 @@ its output folder as --data_root, and --load_tensors. The run chooses a plan tha
 inference.py in the output folder makes videos with it. The same command continues a stopped run.
 """
 
-from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.checks import TRAINING_CHECKS as CHECKS
 from cogvideox.config import args
-from cogvideox.config.geometry import check_image_to_video
 from cogvideox.config.options import ImageLoraOptions
-
-CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
 
 def main(options: ImageLoraOptions) -> int:

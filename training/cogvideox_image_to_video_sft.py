@@ -12,12 +12,9 @@ CogVideoXTransformer3DModel.from_pretrained; inference.py in the output folder m
 continues a stopped run.
 """
 
-from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.checks import TRAINING_CHECKS as CHECKS
 from cogvideox.config import args
-from cogvideox.config.geometry import check_image_to_video
 from cogvideox.config.options import ImageSftOptions
-
-CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
 
 def main(options: ImageSftOptions) -> int:

@@ -11,12 +11,9 @@ run will need. The result loads with CogVideoXPipeline.load_lora_weights; infere
 with it. The same command continues a stopped run.
 """
 
-from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.checks import TRAINING_CHECKS as CHECKS
 from cogvideox.config import args
-from cogvideox.config.geometry import check_text_to_video
 from cogvideox.config.options import LoraOptions
-
-CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
 def main(options: LoraOptions) -> int:

@@ -11,12 +11,9 @@ run will need. The result, a folder named transformer, loads with CogVideoXTrans
 inference.py in the output folder makes videos with it. The same command continues a stopped run.
 """
 
-from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.checks import TRAINING_CHECKS as CHECKS
 from cogvideox.config import args
-from cogvideox.config.geometry import check_text_to_video
 from cogvideox.config.options import SftOptions
-
-CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
 def main(options: SftOptions) -> int:

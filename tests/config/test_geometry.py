@@ -29,9 +29,8 @@ from cogvideox.config.geometry import (
     TRANSFORMER_DEFAULTS,
     VAE_DEFAULTS,
     Geometry,
-    check_image_to_video,
+    check_model,
     check_preparation,
-    check_text_to_video,
     read_geometry,
 )
 from cogvideox.config.options import (
@@ -133,20 +132,11 @@ BASE_SIZE = ("--height_buckets", "64", "--width_buckets", "96")
 NINE = ("--frame_buckets", "9", "--max_num_frames", "9")
 
 
-CHECKS = {
-    LoraOptions: check_text_to_video,
-    SftOptions: check_text_to_video,
-    ImageLoraOptions: check_image_to_video,
-    ImageSftOptions: check_image_to_video,
-    PrepareOptions: check_preparation,
-}
-
-
 def found_problems(folder: Path, *given: str, options_type: Any = LoraOptions) -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d", *given]
     options, sources = args.read_flags(options_type, argv, None)
     options = derive_video_size(derive(options, sources), sources)
-    return list(CHECKS[options_type](options))
+    return list((check_preparation if options_type is PrepareOptions else check_model)(options))
 
 
 def test_a_good_command_has_no_problem(tiny: Tiny) -> None:

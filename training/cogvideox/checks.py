@@ -1,14 +1,13 @@
 """Lists the checks that a training script makes before it imports torch.
 
-``TRAINING_CHECKS`` is the list, to which each script adds the check of its task. A check takes the options and yields
-all problems that it finds, one line each.
+``TRAINING_CHECKS`` is the list. A check takes the options and yields all problems that it finds, one line each.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from cogvideox.config.conflicts import check_launcher, check_trackers
-from cogvideox.config.geometry import check_heads, check_pipeline
+from cogvideox.config.geometry import check_heads, check_model, check_pipeline
 from cogvideox.config.hub import check_hub
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.optimizers import check_optimizer, check_state_place
@@ -63,6 +62,7 @@ def image_problems(path: str) -> Iterator[str]:
 
 DATA_CHECKS = (check_data_roots, check_reader, check_tensors)
 TRAINING_CHECKS = (
+    check_model,
     *DATA_CHECKS,
     check_optimizer,
     check_state_place,

@@ -17,7 +17,6 @@ from cogvideox.config.flags import FullFlags, ModelFlags
 from cogvideox.config.options import (
     AnyOptions,
     ImageOptions,
-    LoraOptions,
     PrepareOptions,
     TrainOptions,
     reads_clips,
@@ -352,21 +351,14 @@ def flag_text(model: ModelFlags) -> str:
     return f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
 
 
-def check_text_to_video(options: TrainOptions) -> Iterator[str]:
-    """Yields problems of the model and the sizes of a text-to-video script. Reads config files only."""
+def check_model(options: TrainOptions) -> Iterator[str]:
+    """Yields problems of the model and the sizes of a training script. Reads config files only."""
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
-    yield from channel_problems(options, geometry, "text-to-video")
+    yield from channel_problems(options, geometry)
     yield from check_sizes(options, geometry)
-
-
-def check_image_to_video(options: ImageOptions) -> Iterator[str]:
-    """Yields problems of the model and the sizes of an image-to-video script. Reads config files only."""
-    geometry = read_geometry(options.model)
-    yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
-    yield from channel_problems(options, geometry, "image-to-video")
-    yield from check_sizes(options, geometry)
-    yield from position_problems(options, geometry)
+    if isinstance(options, ImageOptions):
+        yield from position_problems(options, geometry)
 
 
 def check_preparation(options: PrepareOptions) -> Iterator[str]:
@@ -418,14 +410,9 @@ def missing_files(folder: Path) -> Iterator[str]:
             yield f"{folder}: {', '.join(missing)} of {len(names)} files missing; download the model again"
 
 
-def channel_problems(options: TrainOptions, geometry: Geometry, wanted: str) -> Iterator[str]:
-    """Yields a problem if a model is for the other task, which the channels of its transformer show.
-
-    Args:
-        options: The options of the script.
-        geometry: The geometry of the model.
-        wanted: The task of the script, "text-to-video" or "image-to-video".
-    """
+def channel_problems(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
+    """Yields a problem if a model is for the other task, which the channels of its transformer show."""
+    wanted = "image-to-video" if isinstance(options, ImageOptions) else "text-to-video"
     channels = {"text-to-video": geometry.latent_channels, "image-to-video": 2 * geometry.latent_channels}
     if geometry.in_channels == channels[wanted]:
         return
@@ -434,8 +421,7 @@ def channel_problems(options: TrainOptions, geometry: Geometry, wanted: str) -> 
     if geometry.in_channels != channels[other]:
         yield f"{takes}, and {wanted} has {channels[wanted]}; no script of this suite trains such a model"
         return
-    method = "lora" if isinstance(options, LoraOptions) else "sft"
-    script = f"cogvideox_{other.replace('-', '_')}_{method}.py"
+    script = f"cogvideox_{other.replace('-', '_')}_{options.method}.py"
     article = "an" if other.startswith("image") else "a"
     yield f"{takes}, so it is {article} {other} model; {wanted} takes {channels[wanted]} channels; use {script}"
 
