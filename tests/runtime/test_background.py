@@ -25,6 +25,7 @@ from waiting import eventually
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import DiskError, NonFiniteError
+from cogvideox.memory.streaming import aligned
 from cogvideox.optimizer.adam import join, split
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights, rule_of
@@ -34,6 +35,7 @@ from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.checkpoint_files import checkpoints, damage_of
 from cogvideox.runtime.disk_room import copy_bytes
+from cogvideox.runtime.run import use_cores
 from cogvideox.tensor_files import Piece, pieces_of
 
 RESERVES = "while training goes on; 1000 bytes of host memory are reserved for copies"
@@ -344,6 +346,30 @@ def test_a_snapshot_copies_tensors_of_all_sizes_and_shapes(tmp_path: Path) -> No
     assert snapshot.files == []
     loaded = load_file(tmp_path / "a")
     assert all(loaded[name].equal(tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.timed
+def test_training_waits_less_than_two_seconds_for_the_state_of_2b(tmp_path: Path) -> None:
+    """18.9 GiB on the device, of which a part is copied here, with the number of threads that a run has."""
+    tensors = {str(number): torch.randn(background.CHUNK + 1000, device="cuda") for number in range(64)}
+    values = {name: tensor.cpu() for name, tensor in tensors.items()}
+    num_bytes = sum(aligned(tensor.nbytes) for tensor in tensors.values())
+    threads, reserve = torch.get_num_threads(), Reserve(num_bytes)
+    eventually(lambda: not reserve._thread.is_alive())
+    snapshot = Snapshot(shares=True, memory=reserve.memory())
+    use_cores(torch.device("cuda"))
+    try:
+        started = time.monotonic()
+        snapshot.add(tmp_path, pieces_of(tensors), {})
+        seconds = time.monotonic() - started
+    finally:
+        torch.set_num_threads(threads)
+    for tensor in tensors.values():
+        tensor.zero_()
+    ((_, pieces, _),) = snapshot.files
+    assert all(pieces[name].read().equal(value) for name, value in values.items())
+    assert seconds < 2.0 * num_bytes / (18.9 * 2**30)
 
 
 def test_parts_are_copied_and_put_together_when_they_are_written(tmp_path: Path) -> None:
