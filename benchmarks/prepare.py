@@ -9,7 +9,7 @@ prepare_dataset.py does. A random T5-XXL embeds captions, on the device and stre
 when it is finished. An arm that fails is recorded with its error, and an arm that would start too late is skipped.
 
 With --only ranks, prepare_dataset.py itself encodes clips from files, with as many processes as --gpus says, one after
-the other. It takes about 80 seconds for 1 and 2.
+the other. It takes more than three minutes for 1 and 2.
 """
 
 import argparse

@@ -2,12 +2,14 @@
 
     python benchmarks/small_card.py --kind 5b --gib 6 --work_dir /tmp/small_card --results benchmarks/results
     python benchmarks/small_card.py --kind 2b --gib 8 --rank 0 --work_dir /tmp/small_card --results benchmarks/results
-    python benchmarks/small_card.py --kind 5b --gib 24 --rank 0 --host_gib 64 --kill_after 4 \
+    python benchmarks/small_card.py --kind 5b --gib 24 --rank 0 --host_gib 64 --steps 5 --kill_after 4 \
         --work_dir /tmp/small_card --results benchmarks/results --flags --use_8bit
 
 Weights and tensors are random. --vram_budget limits the process to the memory of a card of that size, so that it fails
 where it would fail there. --host_gib limits host memory with a control group of Linux, which needs the rights of root.
-The JSON file has the lines that the script printed about its plan, peaks, losses and export.
+With --kill_after 4 and five steps, checkpoints are written after step 3, and after step 5 by the run that resumed. For
+all weights of 5b, each takes more than a minute, and the disk must have room for two. The JSON file has the lines that
+the script printed about its plan, peaks, losses and export.
 """
 
 import argparse
