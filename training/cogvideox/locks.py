@@ -79,15 +79,15 @@ def take(path: Path, signs: bool = False) -> Lock:
     return Lock(file.close)
 
 
-def take_later(path: Path, on_wait: Callable[[str], None], only_if_lost: bool = False) -> Lock:
+def take_later(path: Path, on_wait: Callable[[str], None] | None = None, only_if_lost: bool = False) -> Lock:
     """Takes a lock, waiting for the process that holds it.
 
     Args:
         path: The file of the lock, in an existing folder.
-        on_wait: Called once with a description of the holder, before a wait.
+        on_wait: Called once with a description of the holder, before a wait. If it is given, the file must have no
+            other content, because the holder is named there.
         only_if_lost: Whether to wait only for a holder that may be lost, and for STALE seconds at most. In this time, a
-            lock file becomes stale, and a file server releases the POSIX locks of a lost machine. The file must have no
-            other content.
+            lock file becomes stale, and a file server releases the POSIX locks of a lost machine.
 
     Raises:
         HeldError: Another process holds it.
@@ -96,11 +96,11 @@ def take_later(path: Path, on_wait: Callable[[str], None], only_if_lost: bool = 
     wait, end = FIRST_WAIT, time.monotonic() + STALE + LONGEST_WAIT
     while True:
         try:
-            return take(path, signs=only_if_lost)
+            return take(path, signs=on_wait is not None)
         except HeldError as error:
             if only_if_lost and not (error.may_be_lost and time.monotonic() < end):
                 raise
-            if wait == FIRST_WAIT:
+            if on_wait is not None and wait == FIRST_WAIT:
                 on_wait(str(error.strerror))
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
@@ -108,9 +108,9 @@ def take_later(path: Path, on_wait: Callable[[str], None], only_if_lost: bool = 
 
 
 @contextmanager
-def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Waits for a lock and holds it in the block. Calls ``on_wait`` once if another process holds it."""
-    lock = take_later(path, lambda _: on_wait())
+def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Waits for a lock as ``take_later`` does, and holds it in the block."""
+    lock = take_later(path, on_wait)
     try:
         yield
     finally:

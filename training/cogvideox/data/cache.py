@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -266,7 +265,7 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """
     with disk_errors_converted(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / LOCK_NAME, lambda: say(f"{folder}: another job is preparing it; waiting")):
+    with held(folder / LOCK_NAME, lambda holder: say(f"{folder}: another job is preparing it ({holder}); waiting")):
         remove_stale_temporaries(folder)
         yield
 
@@ -279,8 +278,11 @@ def publishing(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         folder: The folder of the cache, which exists.
         say: Prints a line; it is called before a wait.
     """
-    waits = partial(say, f"{folder}: another process is writing the report; waiting")
-    with disk_errors_converted(folder), held(folder / INDEX_LOCK, waits):
+
+    def wait(holder: str) -> None:
+        say(f"{folder}: another process is writing the report ({holder}); waiting")
+
+    with disk_errors_converted(folder), held(folder / INDEX_LOCK, wait):
         yield
 
 
