@@ -104,11 +104,16 @@ def size_of(tensor: Described) -> int:
     return tensor.shape.numel() * tensor.dtype.itemsize
 
 
+def file_order(tensors: Mapping[str, Described]) -> list[str]:
+    """Returns the names of tensors in the order in which a file has them, which keeps all of them aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
 def header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """Returns (the bytes in front of the data, the offset in the data of each tensor, in the order of the file)."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}  # as save_pretrained writes it
     starts, end = {}, 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):  # keeps all aligned
+    for name in file_order(tensors):
         tensor = tensors[name]
         starts[name], end = end, end + size_of(tensor)
         offsets = [starts[name], end]
@@ -130,13 +135,19 @@ def content_of(tensor: Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path,
+    pieces: Pieces,
+    metadata: Mapping[str, str] | None = None,
+    written: Callable[[], None] = lambda: None,
+) -> str:
     """Writes a safetensors file, and returns the SHA-256 of what was to be written, in hex.
 
     Args:
         path: The file.
         pieces: Its tensors.
         metadata: Texts by name, for the header.
+        written: Called after each tensor.
 
     Raises:
         OSError: The disk is full or fails; the file is incomplete.
@@ -147,6 +158,7 @@ def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None
         file.write(head)
         for name in starts:
             write_hashed(file, content_of(pieces[name].read()), digest)
+            written()
     return digest.hexdigest()
 
 

@@ -5,8 +5,9 @@
 
 The next optimizer step changes what a checkpoint contains, so training waits until everything is copied. What is copied
 are the parts as they are stored; the thread puts them together. All copies of a run use the same memory, which a
-``Reserve`` makes ready before the first one. Without memory for a copy, training waits until everything is written, and
-the thread reads it back, verifies and renames it.
+``Reserve`` makes ready before the first one. Where that has room for only a part of the copy, the thread first writes
+the originals of the other part, for which training waits. Without a copy, training waits until everything is written,
+and the thread reads it back, verifies and renames it.
 """
 
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +25,12 @@ from torch import Tensor
 
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import aligned, fill, host_buffer
-from cogvideox.tensor_files import Pieces, ReadPieces, write_tensors
+from cogvideox.tensor_files import Piece, Pieces, ReadPieces, file_order, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
 NICE = 10  # lowers the priority of the thread, because training needs the cores more
 ARENA = 2**30  # bytes that are allocated at a time; a mapping for each tensor would have few huge pages
+WAIT = 0.1  # seconds after which a thread that waits for an event of another one looks whether that has ended
 PAGE, TOUCHED = 2**12, 2**26  # bytes of the smallest page, and of the pages that are created at a time
 
 
@@ -75,14 +78,20 @@ class Reserve:
 class Snapshot:
     """Keeps copies of tensors until the files that contain them are written.
 
+    Attributes:
+        only_copies: Happens when no original is needed any more, so that training may change them.
+
     Args:
         shares: Whether a tensor that is part of several files is copied once. This is wrong if its values change before
             all files have been added, as weights do that are replaced by their average.
         memory: Host memory for the copies, uint8. More is allocated if it is not enough.
+        left_out: The bytes of tensors that are not copied, which are those that are written first.
     """
 
-    def __init__(self, shares: bool, memory: Tensor | None = None) -> None:
-        self.shares = shares
+    def __init__(self, shares: bool, memory: Tensor | None = None, left_out: int = 0) -> None:
+        self.shares, self.left_out = shares, left_out
+        self.originals = 0  # tensors of files that were not copied and are not written yet
+        self.only_copies = threading.Event()
         self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
         # What is left of the memory, or of the newest allocation.
         self.arena = torch.empty(0, dtype=torch.uint8) if memory is None else memory
@@ -91,8 +100,15 @@ class Snapshot:
 
     def add(self, path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
         """Copies the tensors of a file, with all cores. It has the arguments of ``write_tensors``."""
-        copied = {name: replace(p, parts=tuple(map(self._copy, p.parts))) for name, p in pieces.items()}
-        self.files.append((path, copied, metadata))
+        self.files.append((path, {name: self._kept(pieces[name]) for name in file_order(pieces)}, metadata))
+
+    def _kept(self, piece: Piece) -> Piece:
+        """Returns a piece with copied parts, or the piece itself if it is left out."""
+        if self.left_out > 0:
+            self.left_out -= sum(part.nbytes for part in piece.parts)
+            self.originals += 1
+            return piece
+        return replace(piece, parts=tuple(map(self._copy, piece.parts)))
 
     def _copy(self, part: Tensor) -> Tensor:
         """Returns a copy of a tensor in host memory."""
@@ -125,12 +141,19 @@ class Snapshot:
             OSError: The disk is full or fails.
         """
         hashes = {}
+        self._count(0)
         self.copies.clear()  # so that memory is free when the last file that needs it is complete
         self.arena = torch.empty(0, dtype=torch.uint8)
         while self.files:
             path, pieces, metadata = self.files.pop(0)
-            hashes[path] = write_tensors(path, pieces, metadata)
+            hashes[path] = write_tensors(path, pieces, metadata, partial(self._count, 1))
         return hashes
+
+    def _count(self, written: int) -> None:
+        """Counts tensors that are written. The first ones are the originals."""
+        self.originals -= written
+        if self.originals <= 0:
+            self.only_copies.set()
 
 
 class Writing:
@@ -141,15 +164,15 @@ class Writing:
         said: What to say about it when the thread has ended, before the seconds that this took.
     """
 
-    def __init__(self, step: int, said: str, work: Callable[[], None]) -> None:
+    def __init__(self, step: int, work: Callable[[], None], said: str = "") -> None:
         """Starts the thread.
 
         Args:
             step: The step of the checkpoint.
-            said: See above.
             work: What the thread does.
+            said: See above.
         """
-        self.step, self.said, self.work = step, said, work
+        self.step, self.work, self.said = step, work, said
         self.error: BaseException | None = None
         self.seconds = 0.0
         # It is not a daemon, so the process does not end before the checkpoint is complete.
@@ -169,6 +192,11 @@ class Writing:
     def runs(self) -> bool:
         """Returns whether the thread has not ended yet."""
         return self.thread.is_alive()
+
+    def goes_on_until(self, event: threading.Event) -> None:
+        """Waits until the thread has set an event, or has ended."""
+        while self.runs and not event.wait(WAIT):
+            pass
 
     def result(self) -> float:
         """Waits for the thread, and returns the seconds that it took. Raises its error if it had one."""

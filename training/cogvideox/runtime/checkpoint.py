@@ -50,6 +50,8 @@ from cogvideox.runtime.run import Run
 from cogvideox.tensor_files import Pieces, WriteTensors, write_tensors
 
 COPY_SHARE = 0.9  # largest share of the free host memory that the copy of a checkpoint may take
+PART_SHARE = 0.75  # the share that the copy of a part takes, if that of a whole has no room
+LEAST_COPIED = 0.5  # smallest share of a checkpoint that is copied; for less, memory would be taken for little
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Saver:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self.finish()
-        if not (self.in_background and self._has_room() and self._copy(step)):
+        room = self._room_of_copies() if self.in_background else 0
+        if not (room and self._copy(step, room)):
             self._write(step)
         self.saved_at = time.monotonic()
 
@@ -134,18 +137,27 @@ class Saver:
         publish = partial(self._publish, step, hashes)
         if self.in_background:
             waited = f"training waited {time.monotonic() - started:.1f} s while it was written"
-            self.writing = Writing(step, f"{waited}, and it was verified", publish)
+            self.writing = Writing(step, publish, f"{waited}, and it was verified")
         else:
             publish()
             self.run.barrier()
 
-    def _has_room(self) -> bool:
-        """Returns whether there is host memory for a copy of a checkpoint."""
-        return bool(self.reserve and self.reserve.num_bytes) or self._copy_fits(free_host_bytes())
+    def _room_of_copies(self) -> int:
+        """Returns the bytes of a checkpoint that are copied to host memory; 0 if there is no room."""
+        reserved = self.reserve.num_bytes if self.reserve else 0
+        return reserved or self._room(free_host_bytes())
 
-    def _copy_fits(self, free: float) -> bool:
+    def _room(self, free: float) -> int:
+        """Returns the bytes of a checkpoint that are copied if host memory has some free bytes."""
+        if self.copy_bytes is None:
+            return 0
         # More may be free now than later: a larger bucket than those of the first steps needs larger buffers.
-        return self.copy_bytes is not None and self.copy_bytes <= COPY_SHARE * min(free, self.spare)
+        usable = max(0.0, min(free, self.spare))
+        if self.copy_bytes <= COPY_SHARE * usable:
+            return self.copy_bytes
+        # Weights in whose place there is an average while they are saved cannot be written later without a copy.
+        part = int(PART_SHARE * usable) if self.engine.ema is None else 0
+        return part if part >= LEAST_COPIED * self.copy_bytes else 0
 
     @contextmanager
     def _guarded(self, step: int) -> Iterator[None]:
@@ -183,10 +195,15 @@ class Saver:
 
     # -- in the background --
 
-    def _copy(self, step: int) -> bool:
-        """Copies a checkpoint and starts the thread that writes it; returns whether the system gave memory for that."""
+    def _copy(self, step: int, room: int) -> bool:
+        """Copies a checkpoint, or the part for which there is room, and starts the thread that writes it.
+
+        Returns:
+            Whether the system gave memory for that.
+        """
         started, memory = time.monotonic(), self.reserve.memory() if self.reserve else None
-        snapshot = Snapshot(shares=self.engine.ema is None, memory=memory)
+        left_out = (self.copy_bytes or 0) - room
+        snapshot = Snapshot(self.engine.ema is None, memory, left_out)
         try:
             with self._guarded(step):
                 self._make_files(step, snapshot.add)
@@ -195,8 +212,12 @@ class Saver:
                 raise
             self.run.say(f"{CHECKPOINT_PREFIX}{step}: no host memory for a copy ({error}), so training waits")
             return False
-        waited = f"training waited {time.monotonic() - started:.1f} s while it was copied to host memory"
-        self.writing = Writing(step, f"{waited}, and it was written", partial(self._write_snapshot, step, snapshot))
+        self.writing = Writing(step, partial(self._write_snapshot, step, snapshot))
+        how = "it was copied to host memory, and it"
+        if left_out:
+            self.writing.goes_on_until(snapshot.only_copies)
+            how = f"{size_text(room)} of it were copied to host memory and the rest was written, and all"
+        self.writing.said = f"training waited {time.monotonic() - started:.1f} s while {how} was written"
         return True
 
     def _write_snapshot(self, step: int, snapshot: Snapshot) -> None:
@@ -213,7 +234,7 @@ class Saver:
         After the first step, when training has all of its memory, this reserves what is left for copies.
         """
         if self.in_background and self.reserve is None:
-            self.reserve = Reserve(self.copy_bytes or 0 if self._copy_fits(free_host_bytes()) else 0)
+            self.reserve = Reserve(self._room(free_host_bytes()))
         if self.writing and not self.writing.runs:
             self.finish()
 
@@ -283,12 +304,15 @@ class Saver:
             seconds = seconds_to_write(self.run, self.num_bytes, self.engine.shares_files)
         size, rate = f"{self.num_bytes / 2**30:.3g} GiB", size_text(int(self.num_bytes / seconds))
         how = f"takes {seconds:.0f} s ({rate} a second were measured)"
-        if self.in_background and self._copy_fits(spare):
-            how += f", while training goes on; {size_text(self.copy_bytes or 0)} of host memory are reserved for copies"
+        room, needed = self._room(spare) if self.in_background else 0, self.copy_bytes or 0
+        if room:
+            how += f", while training goes on; {size_text(room)} of host memory are reserved for copies"
+            if room < needed:
+                waits = seconds * (needed - room) / needed
+                how += f", and training waits for the rest, {waits:.0f} s: a complete copy needs {size_text(needed)}"
         elif self.in_background:
-            needed = size_text(self.copy_bytes or 0)
             how += "; training waits until it is written, and goes on while it is verified: "
-            how += f"a copy needs {needed} of host memory, and {size_text(spare)} are free"
+            how += f"a copy needs {size_text(needed)} of host memory, and {size_text(spare)} are free"
         else:
             how += ", during which training waits"
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
