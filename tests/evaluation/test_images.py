@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -157,7 +158,7 @@ def test_a_server_that_does_not_answer_is_reported(tmp_path: Path) -> None:
 
 
 class HostileHandler(BaseHTTPRequestHandler):
-    """Answers by path: /to/URL redirects to URL, /slow sends a byte now and then, and others send 5000 bytes."""
+    """Answers by path: /to/URL redirects to URL, /slow sends a byte now and then without end, others 5000 bytes."""
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -170,7 +171,7 @@ class HostileHandler(BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path.startswith("/slow"):
             with suppress(OSError):
-                for letter in b"HTTP/1.0 200 OK\r\nX: " + b"y" * 60:
+                for letter in itertools.chain(b"HTTP/1.0 200 OK\r\nX: ", itertools.repeat(ord("y"))):
                     self.wfile.write(bytes([letter]))
                     time.sleep(0.1)
         else:
@@ -201,9 +202,7 @@ def refusal(folder: Path, url: str) -> str:
 @pytest.mark.fault("security: an image server that sends a byte now and then")
 def test_a_server_that_never_finishes_times_out(tmp_path: Path, hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
-    start = time.monotonic()
     line = refusal(tmp_path, f"{hostile}/slow?X-Signature=secret")
-    assert time.monotonic() - start < 5
     assert line == f"--validation_images {hostile}/slow: cannot be fetched (no complete answer after 0.5 s); {FIX}"
 
 

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,9 +208,8 @@ def assert_formatted(path: Path) -> None:
 def test_help_lists_the_flags_and_makes_no_video(tmp_path: Path, lora: Any, task: Any) -> None:
     path = tmp_path / "inference.py"
     path.write_text(code_of(tmp_path, task, lora, "--validation_prompt", "50% of it: %(prog)s"), encoding="utf-8")
-    start = time.perf_counter()
+    (tmp_path / "torch.py").write_text("raise ImportError('the help imports torch')")
     done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 2  # torch is not imported
     listed = set(re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE))
     expected = {"--prompt", "--output", "--seed", "--steps", "--guidance", "--frames", "--height", "--width"}
     assert listed == expected | ({"--strength"} if lora else set()) | ({"--image"} if task is ImageToVideo else set())

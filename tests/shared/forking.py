@@ -146,6 +146,9 @@ if __name__ == "__main__":
         importlib.import_module(name)
     # transformers compiles a thousand regular expressions for the first model that a process loads.
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("t5")
+    # Processes of torch's loader look for their parent now and then. Tests see that the scripts end theirs before that.
+    loader: Any = importlib.import_module("torch.utils.data._utils.worker")
+    loader.MP_STATUS_CHECK_INTERVAL = 3600.0
     stopping: Any = importlib.import_module("cogvideox.stopping")
     quick_pictures.compress_lightly()
     quick_pictures.leave_curves_blank()
