@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from fakes import flip_byte, poison
 from running import LORA_SCRIPT, finish, fork_ranks, lora_flags, losses, metrics, python, train
 
+from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import LossFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
@@ -595,6 +597,27 @@ def test_bad_clips_of_all_ranks_are_counted(model: Path, tensors: Path, tmp_path
     found = [text.count("cannot be read, another clip replaces it") for text in texts]
     assert min(found) > 0
     assert [line["bad_clips"] for line in metrics(tmp_path / "lora")][-1] == sum(found)
+
+
+def test_bad_clips_of_all_ranks_together_are_limited(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """In the first epoch each of two ranks reads other clips. One bad clip is allowed, and each rank finds one."""
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    samples = open_index(cache).samples
+    order = Order([s.id for s in samples], [s.bucket for s in samples], 2, seed=42)
+    read = [[samples[order.batch(step)[rank].index].id for step in range(3)] for rank in range(2)]
+    names = sorted(sample.id for sample in samples)
+    # The next clip replaces a bad one, so it must be good.
+    far = {(name, names[(number + more) % 6]) for number, name in enumerate(names) for more in (2, 3, 4)}
+    bad = next(pair for pair in product(*read) if pair in far)
+    for sample in samples:
+        if sample.id in bad:
+            TensorCache(cache).path(sample.video_keys[0]).unlink()
+    flags = ("--load_tensors", "--max_bad_fraction", 0.17, "--gradient_accumulation_steps", 1, "--max_train_steps", 3)
+    ranks = fork_ranks(2, python(LORA_SCRIPT, *lora_flags(model, cache, tmp_path / "lora", *flags)))
+    for rank in ranks:
+        text = finish(rank, args.USAGE_EXIT)
+        assert "--max_bad_fraction 0.17: 2 of 6 clips cannot be read" in text
+        assert all(f"{name}: " in text for name in bad)
 
 
 def test_too_many_bad_clips_end_the_run(model: Path, tensors: Path, tmp_path: Path) -> None:

@@ -164,10 +164,12 @@ class BadClips:
 
     def __init__(self, max_fraction: float, num_clips: int) -> None:
         self.max_fraction, self.num_clips = max_fraction, num_clips
+        self.limit = max_bad(max_fraction, num_clips)
         self.reasons: dict[str, str] = {}
+        self.checked = 0  # the largest sum over the ranks for which the clips of all ranks were compared
 
     def count(self, replaced: Sequence[tuple[str, str]]) -> int:
-        """Adds replaced clips, and returns how many different clips have failed so far.
+        """Adds replaced clips of this rank, and returns how many different clips have failed on it so far.
 
         Args:
             replaced: Pairs (id of the clip, reason why it cannot be read).
@@ -179,12 +181,28 @@ class BadClips:
             if clip not in self.reasons:
                 self.reasons[clip] = reason
                 tqdm.write(f"{clip}: cannot be read, another clip replaces it; {reason}", file=sys.stderr)
-        bad = len(self.reasons)
-        if bad > max_bad(self.max_fraction, self.num_clips):
-            rule = f"--max_bad_fraction {self.max_fraction:g}: {bad} of {self.num_clips} clips cannot be read"
-            listed = first_of([f"{clip}: {reason}" for clip, reason in self.reasons.items()])
+        self._check(self.reasons)
+        return len(self.reasons)
+
+    def check_all(self, ranks: Ranks, total: int) -> None:
+        """Checks how many different clips have failed on any rank. All ranks call this after each step.
+
+        Args:
+            ranks: The ranks of the run.
+            total: The sum of the ranks' own counts, which every rank knows. One clip may have failed on several ranks.
+
+        Raises:
+            UsageError: They are more than --max_bad_fraction allows. Every rank raises it.
+        """
+        if total > max(self.limit, self.checked):
+            self.checked = total
+            self._check(dict(ranks.gather(list(self.reasons.items()))))
+
+    def _check(self, reasons: dict[str, str]) -> None:
+        if len(reasons) > self.limit:
+            rule = f"--max_bad_fraction {self.max_fraction:g}: {len(reasons)} of {self.num_clips} clips cannot be read"
+            listed = first_of([f"{clip}: {reason}" for clip, reason in reasons.items()])
             raise UsageError([*listed, f"{rule}; fix them, or allow it with a larger fraction"])
-        return bad
 
 
 def check_same_clips(ranks: Ranks, size: int, ids: tuple[str, ...]) -> None:
@@ -391,10 +409,11 @@ class Trainer:
         return f"and saved after step {step} of {self.steps.total}" if step else ""
 
     def _on_metrics(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
-        """Receives the metrics of a finished step from the device, and ends the run if too many steps were skipped."""
+        """Receives the metrics of a finished step from the device, and ends the run if too much went wrong."""
         if step == self.steps.first + 1:
             self.run.startup.done("first step")
             self.run.say(self.run.startup.line())
+        self.bad_clips.check_all(self.run.ranks, int(numbers["bad_clips"]))
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until
 
