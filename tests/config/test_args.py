@@ -702,6 +702,8 @@ def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: 
             "--timestep_sampling stratified --train_batch_size 1",
             "--timestep_sampling: has no effect; an optimizer",
         ),
+        (LORA, "--num_train_epochs 3 --max_train_steps 9", "--num_train_epochs: has no effect; --max_train_steps"),
+        (LORA, "--preset style --max_train_steps 9", ""),
         (PREPARE, "--num_augmentations 2 --random_flip", ""),
         (PREPARE, "--num_augmentations 2 --frame_selection random", ""),
         (PREPARE, "--num_augmentations 1", ""),
@@ -723,6 +725,16 @@ def test_flags_without_effect_beside_others_are_remarked(
     text = capsys.readouterr().err
     assert text.startswith(remark)
     assert len(text.splitlines()) == bool(remark)
+
+
+def test_a_tracker_that_the_environment_disables_is_remarked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    parse("--report_to", "wandb")
+    assert capsys.readouterr().err == "--report_to: has no effect; WANDB_DISABLED is set, so nothing is sent to wandb\n"
+    parse("--report_to", "tensorboard")
+    assert capsys.readouterr().err == ""
 
 
 def test_requests_without_a_server_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:

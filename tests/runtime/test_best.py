@@ -308,10 +308,14 @@ def test_a_run_ends_when_the_loss_has_not_improved(
     flags = lora_flags(model, prepared, tmp_path, "--load_tensors", "--max_train_steps", 6)
     for _ in range(2):
         assert train([*flags, "--stop_when_worse", "2"]) == 0
-        assert "training ends after step 4 of 6" in capsys.readouterr().err
+        text = capsys.readouterr().err
+        assert "training ends after step 4 of 6" in text
+        assert "has no effect" not in text
         assert json.loads((tmp_path / "recipe.json").read_text())["step"] == 4
         assert column(read_records(tmp_path / METRICS_NAME), "loss")[0].tolist() == [1, 2, 3, 4]
     assert train([*flags, "--stop_when_worse", "4"]) == 0
+    rule = "has no effect; the held-out loss is measured 2 times between the first and the last step"
+    assert f"--stop_when_worse 4: {rule}" in capsys.readouterr().err
     assert json.loads((tmp_path / "recipe.json").read_text())["step"] == 6
 
 

@@ -294,6 +294,7 @@ class Trainer:
             warm_up(self.run, self.engine, self.dataset, samples, partial(losses_of, self.task, self.schedule))
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._on_metrics)
         self._report_rate_jump()
+        self._report_few_measurements()
         self.best.start(self.steps.first, self.options.train.export_best)
         self.validator.set_aside_stale(self.steps.first, self.steps.total, self.steps.recipe)
         if self._evaluation_due(self.steps.first):
@@ -425,6 +426,16 @@ class Trainer:
             batch = steps.order.global_batch
             if line := rate_jump(self.options.optimizer, then[-1], steps.first, steps.total, batch):
                 self.run.say(line)
+
+    def _report_few_measurements(self) -> None:
+        """Prints a line if --stop_when_worse cannot end the run, because too few measurements come before its end."""
+        limit = self.options.train.stop_when_worse
+        if limit is None:
+            return
+        number = sum(map(self._held_out_due, range(1, self.steps.total)))
+        if number < limit:
+            rule = f"has no effect; the held-out loss is measured {number} times between the first and the last step"
+            self.run.say(f"--stop_when_worse {limit}: {rule}; give a smaller number, or measure more often")
 
     def _evaluation_due(self, step: int) -> bool:
         """Returns whether the weights are evaluated after a step: always before the first and after the last."""

@@ -258,6 +258,10 @@ def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str
             yield name, f"--lr_scheduler {flags.lr_scheduler} does not use it; give {' or '.join(schedules)}"
     if options.loss.timestep_sampling == "stratified" and samples_per_step(options, launched_processes()) == 1:
         yield "timestep_sampling", "an optimizer step has one sample; give --gradient_accumulation_steps"
+    if options.train.max_train_steps is not None:
+        yield "num_train_epochs", "--max_train_steps decides how long the run is"
+    if options.train.report_to == "wandb" and not trackers:
+        yield "report_to", "WANDB_DISABLED is set, so nothing is sent to wandb"
     if not trackers:
         yield "tracker_name", "there is no tracker; give --report_to"
     if "tensorboard" not in trackers:
