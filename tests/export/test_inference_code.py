@@ -48,7 +48,9 @@ def script_of(output: Path, *flags: object) -> ast.Module:
 def code_of(output: Path, task: Any, lora: Any, *flags: object) -> str:
     """Returns inference.py of a run of the task; its method is a LoRA, or all weights if ``lora`` is None."""
     options = options_of(output, *flags)
-    validator: Any = SimpleNamespace(sampling=SAMPLING, fps=8.0, flags=options.validation, pipeline=None)
+    validator: Any = SimpleNamespace(
+        sampling=SAMPLING, fps=8.0, flags=options.validation, pipeline=None, size_multiple=16
+    )
     validator.tiles = Validator.tiles.fget(validator)  # type: ignore[attr-defined]
     full: Any = SimpleNamespace(transformer=nn.Linear(1, 1), result=FullFinetune.result)
     method: Any = SimpleNamespace(
@@ -240,3 +242,26 @@ def test_values_are_given_with_flags_or_without(
     assert (args.prompt, args.image, args.output, args.seed) == ("a cat", "red.png", "cat.mp4", 3)
     assert (args.steps, args.guidance, args.strength) == (2, 6, 1)
     assert (args.frames, args.height, args.width) == (9, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("a cat", "red.png", "cat"), "--output cat: must end in .mp4, .mov or .mkv"),
+        (("a cat", "red.png", "cat.gif"), "--output cat.gif: must end in .mp4, .mov or .mkv"),
+        (("a cat", "red.png", "--height", "72"), "--height 72: must be a multiple of 16"),
+        (("a cat", "red.png", "--width", "100"), "--width 100: must be a multiple of 16"),
+        (("a cat", "blue.png", "cat.mp4"), "--image blue.png: no such file"),
+        (("a cat", "--image", "red.png", "cat.mp4"), "--image cat.mp4: no such file"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_anything_is_loaded(
+    tmp_path: Path, arguments: tuple[str, ...], problem: str
+) -> None:
+    """The video would only be written after minutes of sampling, and diffusers finds some sizes as late."""
+    (tmp_path / "inference.py").write_text(code_of(tmp_path, ImageToVideo, PLAIN), encoding="utf-8")
+    (tmp_path / "red.png").touch()
+    command = [sys.executable, "inference.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"inference.py: error: {problem}"

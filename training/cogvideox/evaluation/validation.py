@@ -145,6 +145,7 @@ class Validator:
         self.run, self.options, self.flags = run, options, options.validation
         self.transformer, self.prompts, self.order = transformer, prompts, order
         self.fps = self.flags.validation_fps or tensors.index.fps
+        self.size_multiple = tensors.geometry.size_multiple
         self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
         self.sampling: dict[str, Any] = {
             "height": self.flags.height,

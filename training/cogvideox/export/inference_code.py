@@ -55,7 +55,12 @@ parser.add_argument(
 {image_flag}parser.add_argument("--output", default="output.mp4", help="the video file to write")
 {numbers}
 args = parser.parse_intermixed_args()
-Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+if Path(args.output).suffix.lower() not in (".mp4", ".mov", ".mkv"):
+    parser.error(f"--output {{args.output}}: must end in .mp4, .mov or .mkv")
+for name in ("height", "width"):
+    if getattr(args, name) % {multiple}:
+        parser.error(f"--{{name}} {{getattr(args, name)}}: must be a multiple of {multiple}")
+{image_check}Path(args.output).parent.mkdir(parents=True, exist_ok=True)
 
 # These packages, if they are installed, warn about extras that are not used here.
 for name in ({noisy}):
@@ -200,7 +205,7 @@ def inference_script(options: TrainOptions, task: Task, method: Method, validato
         'output_type="pt",',
     ]
     return generate(
-        setup=script_setup(options, task, numbers),
+        setup=script_setup(options, task, numbers, validator.size_multiple),
         pipeline=task.pipeline,
         model=model,
         path=str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path,
@@ -214,8 +219,15 @@ def inference_script(options: TrainOptions, task: Task, method: Method, validato
     )
 
 
-def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any]) -> str:
-    """Returns the code that reads the command line, whose numbers have these default values."""
+def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], multiple: int) -> str:
+    """Returns the code that reads and checks the command line, before anything is loaded.
+
+    Args:
+        options: The flags of the run.
+        task: The task of the run.
+        numbers: The default values of the numbers.
+        multiple: The number of pixels of which the height and width must be multiples.
+    """
     prompts = prompts_of(options.validation) or [f"{options.data.id_token or ''} a video".strip()]
     lines = [
         f'parser.add_argument("--{flag}", type={type(numbers[name]).__name__}, default={numbers[name]}, help="{help_}")'
@@ -226,6 +238,7 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any]) -> 
         **task.inference,
         prompt=literal(prompts[0]),
         numbers="\n".join(lines),
+        multiple=multiple,
         noisy=", ".join(map(literal, NOISY)),
         diffusers=MIN_DIFFUSERS,
         oldest=oldest_diffusers(),

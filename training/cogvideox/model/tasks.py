@@ -30,8 +30,8 @@ class Task(Protocol):
     Attributes:
         pipeline: The class name of the diffusers pipeline that makes videos with the trained model.
         inference: Code for inference.py that handles inputs other than the prompt. "names" are those of the values that
-            need no flag, "and_image" is for a sentence that lists them, "image_flag" declares a flag, and "arguments"
-            are the arguments of the pipeline's call.
+            need no flag, "and_image" is for a sentence that lists them, "image_flag" declares a flag, "image_check"
+            checks its value, and "arguments" are the arguments of the pipeline's call.
         dtype: The type to which the inputs of the transformer are converted.
     """
 
@@ -58,6 +58,7 @@ class TextToVideo:
         "names": '"prompt", "output"',
         "and_image": "",
         "image_flag": "",
+        "image_check": "",
         "arguments": "",
     }
 
@@ -89,6 +90,10 @@ class ImageToVideo:
         "names": '"prompt", "image", "output"',
         "and_image": ", image",
         "image_flag": f'parser.add_argument("--image", default=here / "{IMAGE_NAME.format(0)}", help="first frame")\n',
+        "image_check": """\
+if "://" not in str(args.image) and not Path(args.image).is_file():
+    parser.error(f"--image {args.image}: no such file")
+""",
         "arguments": "image=diffusers.utils.load_image(str(args.image)),",
     }
 
