@@ -222,6 +222,30 @@ def test_a_dry_run_needs_no_captions(
     assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", allowed) == 0
 
 
+@pytest.mark.parametrize(
+    ("files", "where"),
+    [
+        ({}, "a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"),
+        ({"metadata.csv": "video,start,end\n{0},0,1\n{0},1,2\n"}, "its row of {root}/metadata.csv"),
+        ({"prompts.txt": "a cat\n\n", "videos.txt": "{0}\n{0}\n"}, "its row of {root}/prompts.txt"),
+        ({"videos.txt": "{0}\n{0}\n"}, "its row of {root}/prompts.txt"),
+    ],
+    ids=["text files", "table", "list", "list that does not exist"],
+)
+def test_a_dry_run_says_where_the_captions_of_this_folder_belong(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], where: str
+) -> None:
+    """A text file next to a clip has no effect if the folder has a table or lists."""
+    root = tmp_path / "clips"
+    root.mkdir()
+    write_video(root / "a.mp4", np.zeros((20, 64, 96, 3), np.uint8), 8)
+    for name, text in files.items():
+        (root / name).write_text(text.format("a.mp4"))
+    checked(configs, root, tmp_path / "out", "--train_resolution", "1x64x96", "--dry_run")
+    (step,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: write the captions: ")]
+    assert step.endswith(f" have none; each goes into {where.format(root=root)}")
+
+
 def test_suggested_buckets_fit_as_many_clips_as_announced(
     configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,12 +126,13 @@ def failures_explained(preparation: Preparation, say: Callable[[str], None]) -> 
 
 def next_steps(preparation: Preparation, records: Records) -> list[str]:
     """Returns lines that say what to do before encoding: write captions, use other buckets, or allow bad clips."""
-    missing = sum(not sample.caption for sample in preparation.samples)
+    missing = [sample.caption_file for sample in preparation.samples if not sample.caption]
     good = sum(record.usable for record in records)
     steps = []
     if missing:
-        how = "into a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
-        steps.append(f"write the captions: {missing} of {len(records)} clips have none; each goes {how}")
+        text_file = "a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
+        where = " or ".join(f"its row of {file}" if file else text_file for file in dict.fromkeys(missing))
+        steps.append(f"write the captions: {len(missing)} of {len(records)} clips have none; each goes into {where}")
     if any(record.status in (SHORT, SMALL) for record in records):
         proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
         if proposal.fitting > good:

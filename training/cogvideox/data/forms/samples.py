@@ -7,7 +7,7 @@ relies on folders.py for the form of a folder and on paths.py for which files ma
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,8 @@ class Sample:
         image: Absolute path of the first frame, if the data set names one.
         section: The part of the video that the clip is; None for the whole video.
         no_image: Location ("file:line") of the missing image, if other clips have one and this one does not.
+        caption_file: The list or table that has the caption, or would have it; empty if that is a text file next to the
+            clip.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Sample:
     image: str | None = None
     section: Section | None = None
     no_image: str = ""
+    caption_file: str = field(default="", compare=False)
 
     @property
     def clip(self) -> tuple[str, Section | None]:
@@ -247,7 +250,7 @@ def _clips(
         gap = columns.images.location(row) if columns.images is not None and image is None else ""
         section = columns.sections[row] if columns.sections is not None else None
         # The path of the file is not normalized: "link/../a.mp4" is next to the folder that the link leads to.
-        yield Sample(name, _with_token(token, caption), file, image, section, gap)
+        yield Sample(name, _with_token(token, caption), file, image, section, gap, columns.caption_file)
 
 
 def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:
