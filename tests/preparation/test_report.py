@@ -222,6 +222,18 @@ def test_a_dry_run_needs_no_captions(
     assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", allowed) == 0
 
 
+def test_a_picture_among_videos_is_called_a_picture(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no duration that could be too short."""
+    (tmp_path / "clips").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "clips" / "a.png")
+    with pytest.raises(UsageError, match="no clip is left"):
+        checked(configs, tmp_path / "clips", tmp_path / "out", "--train_resolution", "9x64x96", "--dry_run")
+    rule = "is a single picture, but the shortest bucket has 9 frames; add a bucket of one frame"
+    assert f"  {tmp_path}/clips/a.png: {rule}" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("files", "where"),
     [
