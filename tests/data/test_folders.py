@@ -349,7 +349,7 @@ def test_lists_take_precedence_over_captions_next_to_clips(tmp_path: Path) -> No
 
 def test_incomplete_pairs_are_reported_with_a_fix(tmp_path: Path) -> None:
     pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
-    touch(tmp_path, "both.png", "sub/alone.mp4", "notes.txt", "turn.insv", "turn.txt")
+    touch(tmp_path, "both.png", "sub/alone.mp4", "sub/alone.mp4.txt", "notes.txt", "turn.insv", "turn.txt")
     (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
     found = [problem.removesuffix(f"; {WITHOUT_CAPTIONS}") for problem in problems(tmp_path)]
     assert sorted(problem.removeprefix(str(tmp_path)) for problem in found) == [
@@ -357,6 +357,8 @@ def test_incomplete_pairs_are_reported_with_a_fix(tmp_path: Path) -> None:
         "/empty.txt: blank caption; write one, or remove the clip",
         ": both.mp4 and both.png: are clips of one name; rename all but one",
         ": notes.txt: is a caption without a clip; add the clip, or rename it to end in something else",
+        ": sub/alone.mp4.txt: is a caption without a clip; leave the suffix of the clip out of its name, as in "
+        "clip.mp4 and clip.txt",
         ": sub/alone.mp4: has no caption; write it next to the clip, into a file of the same name that ends in .txt",
         ": turn.insv: has a caption, but its format is not supported; convert it to mp4, or an image to png",
     ]

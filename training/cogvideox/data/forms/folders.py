@@ -394,6 +394,9 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
         problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not supported; {fix}")
     elif not media and not _is_document(texts[0]):
         fix = "add the clip, or rename it to end in something else"
+        clips = scan.media.get(os.path.splitext(stem)[0], [])
+        if any(unicodedata.normalize("NFC", clip) == stem for clip in clips):
+            fix = "leave the suffix of the clip out of its name, as in clip.mp4 and clip.txt"
         problems.add("caption without a clip", f"{root}: {texts[0]}: is a caption without a clip; {fix}")
 
 
