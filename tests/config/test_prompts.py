@@ -45,6 +45,17 @@ def test_problems_of_the_file(tmp_path: Path, content: bytes | None, reason: str
     assert list(check_prompts(options_of(Path("x"), *given, "--do_validation", "false"))) == []
 
 
+def test_a_file_is_not_taken_for_a_prompt(tmp_path: Path) -> None:
+    """Its name would be the prompt of all videos."""
+    file = tmp_path / "my prompts.txt"
+    given = options_of(Path("x"), "--validation_prompt", file)
+    assert list(check_prompts(given)) == []  # there is no such file
+    file.write_text("a red disc\n")
+    (found,) = check_prompts(given)
+    fix = f"to read its prompts, give --validation_prompts '{file}'"
+    assert found == f"--validation_prompt {file}: is a file; {fix}"
+
+
 def test_a_run_renders_the_prompts_of_a_file(tmp_path: Path, model: Path, tensors: Path) -> None:
     """Without the file, the run ends before anything is loaded."""
     (tmp_path / "prompts.txt").write_text("a red disc\na blue square\n")

@@ -44,8 +44,11 @@ def list_file(flags: ValidationFlags) -> Path:
 
 
 def check_prompts(options: TrainOptions) -> Iterator[str]:
-    """Yields problems of the file of --validation_prompts, for args.parse."""
+    """Yields problems of the file of --validation_prompts, and a file in place of a prompt, for args.parse."""
     flags = options.validation
+    text = flags.validation_prompt or ""
+    if text.endswith(".txt") and os.path.isfile(text):
+        yield f"--validation_prompt {text}: is a file; to read its prompts, give --validation_prompts {quote(text)}"
     if not flags.validation_prompts or flags.do_validation is False:
         return
     try:
