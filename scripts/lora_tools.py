@@ -5,6 +5,7 @@ It needs diffusers, peft and safetensors, but nothing from training/.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -18,22 +19,35 @@ DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as safetensors names 
 
 
 def transformer_folder(model: str) -> Path:
-    """Returns the folder of a transformer, which has a config.json.
+    """Returns the folder of a transformer.
 
     Args:
         model: Folder of a pipeline or a transformer, or a hub id, whose transformer is downloaded.
 
     Raises:
-        ValueError: The folder exists but has no transformer.
+        ValueError: The folder exists but has no transformer, or the hub id cannot be downloaded.
     """
     for folder in (Path(model) / "transformer", Path(model)):
-        if (folder / "config.json").is_file():
+        if is_transformer(folder):
             return folder
     if Path(model).exists():
-        raise ValueError(f"{model}: has no transformer/config.json; give a CogVideoX pipeline, or its transformer")
+        raise ValueError(f"{model}: has no transformer/config.json of CogVideoX; give a pipeline, or its transformer")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["transformer/*"])) / "transformer"
+    try:
+        return Path(snapshot_download(model, allow_patterns=["transformer/*"])) / "transformer"
+    except (OSError, ValueError) as error:  # offline, no such repository, no access, not a hub id
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})") from error
+
+
+def is_transformer(folder: Path) -> bool:
+    """Returns whether a folder has the config of a CogVideoX transformer. Runs have a config.json of another kind."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "CogVideoXTransformer3DModel"
 
 
 def stored_dtype(folder: Path) -> str:
@@ -42,19 +56,29 @@ def stored_dtype(folder: Path) -> str:
     Raises:
         ValueError: The folder has no such files, or one cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     found: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: is not a complete safetensors file ({error})") from error
+        found.update(dtype for dtype, _ in read_header(path).values())
     names = [name for name, stored in DTYPES.items() if found and stored == found.most_common(1)[0][0]]
     if not names:
         raise ValueError(f"{folder}: has no weights in safetensors files of fp32, fp16 or bf16")
     return names[0]
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns the type, such as F32, and the shape of each tensor of a safetensors file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a complete safetensors file ({error})") from error
 
 
 def load_transformer(folder: Path, dtype: str) -> Any:

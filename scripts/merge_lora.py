@@ -16,14 +16,19 @@ from typing import Any
 
 from lora_tools import (
     DTYPES,
+    PREFIX,
     check_output,
     load_transformer,
     lora_file,
+    read_header,
     replace_by,
     stored_dtype,
     torch_dtype,
     transformer_folder,
 )
+
+
+SHARED_DIMENSIONS = {"A": 1, "B": 0}  # lora_A is (rank, in) and lora_B (out, rank); the weight is (out, in)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,14 +44,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_fit(lora: Path, transformer: Any) -> None:
+    """Checks that the matrices of a LoRA belong to layers of the transformer, and have their sizes.
+
+    Raises:
+        ValueError: The LoRA was trained on another model, or the file is damaged.
+    """
+    weights = transformer.state_dict()
+    for name, (_, shape) in read_header(lora).items():
+        layer, _, part = name.removesuffix(".weight").removeprefix(PREFIX).rpartition(".lora_")
+        if name.startswith(PREFIX) and part in SHARED_DIMENSIONS:
+            dimension, weight = SHARED_DIMENSIONS[part], weights.get(f"{layer}.weight")
+            if weight is None or weight.shape[dimension] != shape[dimension]:
+                rule = f"layer {layer} of the base model {'has another size' if weight is not None else 'is missing'}"
+                raise ValueError(f"{lora}: does not fit, because {rule}; give the model that it was trained on")
+
+
 def merge(transformer: Any, lora: Path, scale: float) -> Any:
     """Adds the LoRA to the weights of the transformer, and returns the transformer.
 
     Raises:
-        ValueError: The file has no LoRA for the layers of the transformer.
+        ValueError: The file has no LoRA for the layers of the transformer, or is damaged.
     """
     from diffusers import CogVideoXPipeline
 
+    check_fit(lora, transformer)
     parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     pipeline = CogVideoXPipeline(**parts, transformer=transformer)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="merged", use_safetensors=True)

@@ -122,6 +122,47 @@ def test_strength_and_type_of_the_merged_weights(model: Path, tmp_path: Path) ->
     torch.testing.assert_close(load_file(path)[f"{name}.weight"].float(), wanted, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [
+        ("transformer_blocks.0.attn1.to_q.lora_A", (4, 48), "has another size"),
+        ("transformer_blocks.0.attn1.to_q.lora_B", (48, 4), "has another size"),
+        ("transformer_blocks.99.attn1.to_q.lora_A", (4, 64), "is missing"),
+    ],
+)
+def test_a_lora_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, shape: tuple[int, int], rule: str
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"transformer.{name}.weight": torch.ones(shape)}, lora)
+    message = fails(capsys, merge_lora.main, "--base_model", model, "--lora", lora, "--output_dir", tmp_path / "merged")
+    layer = name.rpartition(".")[0]
+    assert f"{lora}: does not fit, because layer {layer} of the base model {rule}; give the model that" in message
+    lora.write_bytes(b"torn")
+    message = fails(capsys, merge_lora.main, "--base_model", model, "--lora", lora, "--output_dir", tmp_path / "merged")
+    assert f"{lora}: is not a complete safetensors file" in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_no_transformer_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run has a config.json, but that has the flags of the run."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make_lora(tmp_path / "run", model)
+    given = ["--base_model", model, "--output_dir", tmp_path / "new", "--tuned_model"]
+    for text in ('{"rank": 4}', "[]", "torn"):
+        (tmp_path / "run" / "config.json").write_text(text)
+        message = fails(capsys, extract_lora.main, *given, tmp_path / "run")
+        assert (
+            f"{tmp_path}/run: has no transformer/config.json of CogVideoX; give a pipeline, or its transformer"
+            in message
+        )
+    for missing in ("nobody/nothing", tmp_path / "nothing"):
+        message = fails(capsys, extract_lora.main, *given, missing)
+        assert f"{missing}: no such folder, and it cannot be downloaded from the hub (" in message
+
+
 # -- extracted ---------------------------------------------------------------------------------------------------------
 
 
