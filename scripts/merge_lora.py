@@ -27,7 +27,6 @@ from lora_tools import (
     transformer_folder,
 )
 
-
 SHARED_DIMENSIONS = {"A": 1, "B": 0}  # lora_A is (rank, in) and lora_B (out, rank); the weight is (out, in)
 
 
