@@ -335,6 +335,29 @@ def test_what_no_plan_runs_is_not_predicted(
     assert "disk: " in text  # which does not depend on a plan
 
 
+@pytest.mark.parametrize("wanted", ["", "--resume_from_checkpoint checkpoint-40"])
+def test_a_resumed_run_is_predicted_from_its_checkpoint(
+    wanted: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, times = tmp_path / "out", []
+    flags = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--max_train_steps", "100"]
+    flags += ["--checkpointing_steps", "20", "--checkpoints_total_limit", "2", "--compile_blocks", "no"]
+    for steps in ((), (20, 40)):
+        for step in steps:
+            (output / f"checkpoint-{step}").mkdir(parents=True)
+            (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps({"step": step, "recipe": {}}))
+        assert predict(published, index, output, *flags, *(wanted.split() if steps else [])) == 0
+        text = capsys.readouterr().out
+        assert ("steps: 100 of 1 sample; 40 are done, in checkpoint-40\n" in text) == bool(steps)
+        times.append(number(r"([\d.]+) (?:s|min) for ", text))
+        assert f"{1 if steps else 3} checkpoints of" in text  # the oldest one is deleted when a new one is complete
+    assert times[1] == pytest.approx(0.6 * times[0], rel=0.05)
+    with pytest.raises(UsageError, match="is at step 40 already"):
+        predict(published, index, output, *flags, "--max_train_steps", "30")
+    with pytest.raises(UsageError, match="--resume_from_checkpoint checkpoint-7: "):
+        predict(published, index, output, *flags, "--resume_from_checkpoint", "checkpoint-7")
+
+
 # -- what the run itself refuses ---------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,10 @@ from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPl
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
 from cogvideox.preparation.tensors import check_suitable
+from cogvideox.runtime.checkpoint_files import checkpoints
 from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
 from cogvideox.runtime.ranks import alone
+from cogvideox.runtime.resume import StartPoint, check_length, expected_start
 from cogvideox.runtime.run import PRECISIONS
 
 STORED_BYTES = 2  # of an element of the cached tensors, in fp16 or bf16
@@ -96,6 +98,12 @@ class PlannedRun:
     world: int
     compiled: bool
     steps: int = 0
+    start: StartPoint = field(default_factory=StartPoint)
+
+    @property
+    def left(self) -> int:
+        """Returns the number of steps that are not done yet."""
+        return self.steps - self.start.step
 
 
 # A change of flags: what to give, the changed options, and the buckets of the changed data.
@@ -113,7 +121,7 @@ def dry_run(options: TrainOptions, method: type[Method]) -> int:
         The exit status: 0, or 1 if the run does not fit.
 
     Raises:
-        UsageError: There is no GPU and none was named, or the data cannot be used.
+        UsageError: There is no GPU and none was named, the data cannot be used, or the run has passed its last step.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -126,7 +134,9 @@ def dry_run(options: TrainOptions, method: type[Method]) -> int:
     samples = read_samples(options, geometry)
     order = Order(samples.ids, samples.buckets, samples_per_step(options, run.world), options.data.seed)
     steps = order.total_steps(options.train.max_train_steps, options.train.num_train_epochs)
-    lines, fits = report(replace(run, steps=steps), options, samples)
+    start = expected_start(options.train)
+    check_length(start, steps, Path(options.train.output_dir))
+    lines, fits = report(replace(run, steps=steps, start=start), options, samples)
     print("\n".join(lines))
     return 0 if fits else 1
 
@@ -137,6 +147,8 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     counts = ", ".join(f"{number} of {bucket}" for bucket, number in sorted(Counter(samples.buckets).items()))
     number = samples_per_step(options, run.world)
     lines = [f"data: {counts}", f"steps: {run.steps} of {number} {'sample' if number == 1 else 'samples'}"]
+    if run.start.folder is not None:
+        lines[-1] += f"; {run.start.step} are done, in {run.start.folder.name}"
     if line := warm_up_note(options.optimizer, run.steps, number):
         lines.append(line)
     transformer = empty_transformer(run, options)
@@ -163,8 +175,8 @@ def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[s
         f"plan: {plan}",
         f"GPU memory (predicted): {plan.peak / GIB:.2f} of {machine.device_bytes / GIB:.2f} GiB that can be filled",
         f"pinned host memory (predicted): {host}",
-        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.steps * plan.seconds + compilation)} for "
-        f"{run.steps} steps, without encoding and validation videos",
+        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.left * plan.seconds + compilation)} for "
+        f"{run.left} steps, without encoding and validation videos",
     ]
 
 
@@ -215,7 +227,7 @@ def disk_line(
         plan: The plan of the run; None if it has none.
     """
     train = options.train
-    kept = new_at_once(train, 0, run.steps)
+    kept = new_at_once(train, run.start.step, run.steps, len(checkpoints(Path(train.output_dir))))
     sharded = plan.sharded if plan is not None else shards_of(options, run.world) > 1
     refers = not (isinstance(options, LoraOptions) or options.loss.use_ema or sharded or under_deepspeed())
     trained = sum(parameter.numel() for parameter in trainable(transformer).values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE
+from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex
 from cogvideox.errors import UsageError
@@ -28,6 +28,8 @@ from cogvideox.runtime.checkpoint_files import (
     damage_of,
     file_hash,
     keep_damaged,
+    read_checkpoint_json,
+    step_of,
 )
 from cogvideox.runtime.run import METRICS_NAME, Run
 
@@ -124,8 +126,7 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
 def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
     """Returns the checkpoint to start from, or None if the run starts at step 0."""
     if wanted not in (None, "latest"):
-        folder = Path(str(wanted))
-        folder = folder if folder.is_dir() else run.output_dir / folder
+        folder = requested_folder(str(wanted), run.output_dir)
         problem = damage_of(folder) if folder.is_dir() else "the folder does not exist"
         if problem:
             there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
@@ -144,6 +145,28 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
             "--resume_from_checkpoint FOLDER"
         )
     return None
+
+
+def requested_folder(wanted: str, output_dir: Path) -> Path:
+    """Returns the folder that --resume_from_checkpoint names: a path, or a name in the output folder."""
+    return Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+
+
+def expected_start(train: TrainFlags) -> StartPoint:
+    """Returns where a run will start if its checkpoint is intact, for a prediction. It has no recipe.
+
+    Raises:
+        UsageError: The requested checkpoint does not exist.
+    """
+    output_dir, wanted = Path(train.output_dir), train.resume_from_checkpoint
+    if wanted in (None, "latest"):
+        newest = next(iter(checkpoints(output_dir)), None)
+        return StartPoint() if newest is None else StartPoint(newest, step_of(newest))
+    folder = requested_folder(str(wanted), output_dir)
+    try:
+        return StartPoint(folder, int(read_checkpoint_json(folder / PROGRESS_NAME)["step"]))
+    except (ValueError, LookupError, TypeError):
+        raise UsageError(f"--resume_from_checkpoint {wanted}: {folder} has no {PROGRESS_NAME}; give another") from None
 
 
 # -- settings that a resumed run shares with the interrupted one -------------------------------------------------------
