@@ -459,9 +459,10 @@ def test_folders_that_this_suite_wrote_are_not_searched(tmp_path: Path) -> None:
 
 
 def test_a_prepared_folder_says_which_flag_it_needs(tmp_path: Path) -> None:
-    (tmp_path / "ledger.jsonl").write_text("")
-    with pytest.raises(UsageError, match="to train on it add --load_tensors"):
-        read(tmp_path)
+    """It alone is named, because tables in such a folder are about tensors."""
+    touch(tmp_path, "ledger.jsonl", "health.jsonl", "index.json", "preview/a.png", "tensors/b.safetensors")
+    rule = "is a folder that was prepared here; to train on it add --load_tensors"
+    assert list(problems(tmp_path)) == [f"{tmp_path}: {rule}"]
 
 
 # -- fixes can be given to a shell -------------------------------------------------------------------------------------

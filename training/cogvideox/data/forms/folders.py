@@ -154,7 +154,7 @@ def _detect_form(root: str, rules: PathRules, problems: Problems) -> Columns:
     if captions or videos:
         return _read_lists(root, NO_NAMES, rules, problems)
     columns = _read_pairs(root, rules, problems)
-    if _is_output(root) and problems:
+    if _is_output(root) and (problems or columns.videos is None):
         problems.add("an output", f"{root}: is a folder that was prepared here; to train on it add --load_tensors")
     return columns
 
@@ -255,7 +255,8 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
         if _is_one_table(choices := _choices_below(root, scan)):
             return _read_table(root, os.path.join(root, *choices), NO_NAMES, rules, problems)
         if choices:
-            _add_choices(root, choices, problems)
+            if not _is_output(root):  # its tables are about the tensors
+                _add_choices(root, choices, problems)
             return Columns()
     if not scan.media:
         lists = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}"
