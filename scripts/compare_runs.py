@@ -69,7 +69,7 @@ def different_flags(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]) -> list[tuple[object, ...]]:
-    """Returns a row of the table for each run: name, different flags, steps, losses and costs."""
+    """Returns a row of the table for each run: name, steps, losses, costs and different flags."""
     rows = []
     for run, name in zip(runs, names, strict=True):
         steps, losses = column(run.records, "loss")
@@ -78,28 +78,38 @@ def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]
         held_out = f"{best['held_out_loss']:.5f} at step {best['step']}" if best else ""
         _, seconds = column(run.records, "seconds")
         median = f"{np.median(seconds):.3f}" if len(seconds) else ""
-        values = [run.config.get("flags", {}).get(flag) for flag in flags]
-        rows.append((name, *values, int(steps[-1]) if len(steps) else 0, last, held_out, median))
+        values = [as_typed(run.config.get("flags", {}).get(flag)) for flag in flags]
+        rows.append((name, int(steps[-1]) if len(steps) else 0, last, held_out, median, *values))
     return rows
 
 
+def as_typed(value: object) -> str:
+    """Returns the value of a flag as it is typed; empty if it was not given."""
+    return "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def curves(runs: Sequence[RunFiles], names: Sequence[str]) -> Any:
-    """Returns a figure with the running mean of each run's loss, and its held-out loss with the standard error."""
+    """Returns a figure with the running mean of each run's loss, and its held-out loss with the standard error.
+
+    If no run has measured a held-out loss, there is no panel for it.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), layout="constrained", facecolor="white")
-    training, held_out = figure.subplots(2, 1, sharex=True)
+    panels = 2 if any(run.held_out for run in runs) else 1
+    figure = Figure(figsize=(12, 4 * panels), layout="constrained", facecolor="white")
+    training, *measuring = figure.subplots(panels, 1, sharex=True, squeeze=False).flat
     for run, name in zip(runs, names, strict=True):
         steps, losses = column(run.records, "loss")
         training.plot(*thinned(steps, running_mean(losses, max(MIN_WINDOW, len(losses) // LAST_SHARE))), label=name)
-        measured, values = column(run.held_out, "held_out_loss")
-        errors = [record.get("held_out_error") or 0.0 for record in run.held_out if record["step"] in measured]
-        held_out.errorbar(measured, values, errors or None, marker="o", capsize=4, label=name)
+        for axes in measuring:
+            measured, values = column(run.held_out, "held_out_loss")
+            errors = [record.get("held_out_error") or 0.0 for record in run.held_out if record["step"] in measured]
+            axes.errorbar(measured, values, errors or None, marker="o", capsize=4, label=name)
+            axes.set_ylabel("held-out loss ± standard error")
     training.set_ylabel("training loss, running mean")
-    held_out.set_ylabel("held-out loss ± standard error")
-    held_out.set_xlabel("optimizer step")
-    for axes in (training, held_out):
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
+    figure.axes[-1].set_xlabel("optimizer step")
     training.legend()
     return figure
 
@@ -114,7 +124,7 @@ def compare(folders: Sequence[Path], target: Path, embed: bool) -> None:
         for text, number in shown
     ]
     picture = base64.b64encode(png(curves(runs, names))).decode()
-    head = ("run", *flags, "steps", "loss, last tenth", "best held-out loss", "seconds a step")
+    head = ("run", "steps", "loss, last tenth", "best held-out loss", "seconds a step", *flags)
     sections = [
         section("Runs", table(head, rows_of(runs, names, flags))),
         section("Curves", f'<img src="data:image/png;base64,{picture}" alt="losses of all runs">'),

@@ -89,6 +89,24 @@ def test_a_comparison_lists_what_differs(tmp_path: Path) -> None:
     assert compare_runs.names_of([Path("a/x/run"), Path("a/y/run")]) == ["x/run", "y/run"]
 
 
+def test_a_comparison_has_no_panel_or_column_for_what_no_run_measured(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, rate) for name, rate in (("a", 1e-4), ("b", 1e-3))]
+    assert len(compare_runs.curves(list(map(RunFiles, runs)), ["a", "b"]).axes) == 2
+    for run in runs:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(line for line in lines if "held_out" not in line))
+    assert len(compare_runs.curves(list(map(RunFiles, runs)), ["a", "b"]).axes) == 1
+    target = tmp_path / "compare.html"
+    assert compare_runs.main([*map(str, runs), "--output", str(target)]) == 0
+    heads = re.findall("<th>(.*?)</th>", target.read_text())
+    assert heads == ["run", "steps", "loss, last tenth", "seconds a step", "learning_rate"]
+
+
+def test_flags_are_shown_as_they_are_typed() -> None:
+    values = (["49x480x720", "1x480x720"], None, 0.5, "a prompt")
+    assert [*map(compare_runs.as_typed, values)] == ["49x480x720 1x480x720", "", "0.5", "a prompt"]
+
+
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_runs.main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
     assert "has no config.json; give output folders of runs" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from itertools import compress
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -175,11 +176,12 @@ def section(title: str, *parts: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a table, or nothing if it has no rows."""
+    """Returns a table without the columns that are empty, or nothing if it has no rows."""
     if not rows:
         return ""
-    cells = ["".join(f"<th>{escape(text)}</th>" for text in head)]
-    cells += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    filled = [any(str(row[column]) for row in rows) for column in range(len(head))]
+    cells = ["".join(f"<th>{escape(text)}</th>" for text in compress(head, filled))]
+    cells += ["".join(f"<td>{escape(str(cell))}</td>" for cell in compress(row, filled)) for row in rows]
     return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in cells)}</table></div>'
 
 
