@@ -335,6 +335,16 @@ def test_what_no_plan_runs_is_not_predicted(
     assert "disk: " in text  # which does not depend on a plan
 
 
+def test_checkpoints_by_the_clock_are_predicted(
+    published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--max_train_steps", "400"]
+    assert predict(published, index, tmp_path / "out", *flags, "--save_every_minutes", "2") == 0
+    text = capsys.readouterr().out
+    seconds = number(r"time \(predicted\): ([\d.]+) s a step", text)
+    assert number(r"(\d+) checkpoints of", text) == pytest.approx(1 + 400 * seconds / 120, abs=1)
+
+
 @pytest.mark.parametrize("wanted", ["", "--resume_from_checkpoint checkpoint-40"])
 def test_a_resumed_run_is_predicted_from_its_checkpoint(
     wanted: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

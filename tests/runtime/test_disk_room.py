@@ -41,9 +41,21 @@ def test_how_many_checkpoints_a_run_adds(
 
 @pytest.mark.parametrize(("total", "limit", "expected"), [(1000, 2, 3), (2, 2, 2), (1000, None, 1)])
 def test_checkpoints_by_the_clock_fill_the_limit(total: int, limit: int | None, expected: int) -> None:
-    """Without a limit, their number is not known."""
+    """Without a limit, their number is only known with the time of a step."""
     train = TrainFlags(checkpointing_steps=5000, save_every_minutes=30, checkpoints_total_limit=limit)
     assert new_at_once(train, 0, total) == expected
+
+
+@pytest.mark.parametrize(
+    ("minutes", "first", "seconds", "expected"),
+    [(30, 0, 3.6, 3), (30, 500, 3.6, 2), (1, 0, 3600, 1000), (0, 0, 0, 1000), (None, 0, 3.6, 1)],
+)
+def test_checkpoints_by_the_clock_follow_from_the_time_of_a_step(
+    minutes: float | None, first: int, seconds: float, expected: int
+) -> None:
+    """A thousand steps of 3.6 seconds take an hour."""
+    train = TrainFlags(checkpointing_steps=5000, save_every_minutes=minutes)
+    assert new_at_once(train, first, 1000, seconds=seconds) == expected
 
 
 def refusal(

@@ -227,7 +227,8 @@ def disk_line(
         plan: The plan of the run; None if it has none.
     """
     train = options.train
-    kept = new_at_once(train, run.start.step, run.steps, len(checkpoints(Path(train.output_dir))))
+    there, seconds = len(checkpoints(Path(train.output_dir))), plan.seconds if plan is not None else 0.0
+    kept = new_at_once(train, run.start.step, run.steps, there, seconds)
     sharded = plan.sharded if plan is not None else shards_of(options, run.world) > 1
     refers = not (isinstance(options, LoraOptions) or options.loss.use_ema or sharded or under_deepspeed())
     trained = sum(parameter.numel() for parameter in trainable(transformer).values())

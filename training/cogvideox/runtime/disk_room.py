@@ -85,7 +85,7 @@ def copy_bytes(options: TrainOptions, weights: int, dtype: torch.dtype, device: 
     return math.ceil(weights * (dtype.itemsize + state_bytes(options.optimizer, dtype, device) + average))
 
 
-def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> int:
+def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0, seconds: float = 0.0) -> int:
     """Returns how many new checkpoints exist at once at most. A new one is complete before the oldest is deleted.
 
     Args:
@@ -93,15 +93,18 @@ def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> in
         first: Optimizer steps that are done.
         total: Optimizer steps of the complete run.
         there: How many checkpoints exist already.
+        seconds: The time of a step; 0 if it is not known.
     """
     if first >= total:
         return 0
-    every, limit = train.checkpointing_steps, train.checkpoints_total_limit
+    every, limit, minutes = train.checkpointing_steps, train.checkpoints_total_limit, train.save_every_minutes
     saved = total // every - first // every + (total % every > 0)
+    if minutes is not None and (limit is not None or minutes == 0):
+        saved = total - first  # how many there will be is not known, but no step is saved twice
+    elif minutes is not None:
+        saved = min(total - first, saved + int((total - first) * seconds / 60 / minutes))
     if limit is None:
         return saved
-    if train.save_every_minutes is not None:
-        saved = total - first  # how many there will be is not known, but no step is saved twice
     return max(1, min(saved, limit + 1 + train.keep_best - there))
 
 
