@@ -336,7 +336,12 @@ def test_the_files_that_belong_to_a_card(tmp_path: Path) -> None:
     options = options_of(tmp_path, "--num_validation_videos", 2)
     path = partial(Validator.path, SimpleNamespace(run=run_alone(tmp_path), prompts=SimpleNamespace(texts=["a", "b"])))
     validator: Any = SimpleNamespace(
-        prompts=SimpleNamespace(texts=["a", "b"]), flags=options.validation, path=path, sampling=SAMPLING, fps=8.0
+        prompts=SimpleNamespace(texts=["a", "b"]),
+        flags=options.validation,
+        path=path,
+        sampling=SAMPLING,
+        fps=8.0,
+        whole_fps=8,
     )
     after = [path(7, place, number) for place in (0, 1) for number in (0, 1)]
     present = [*after, path(0, 1, 0), path(3, 0, 0), tmp_path / "image-1.png", tmp_path / "curves.png"]

@@ -49,7 +49,7 @@ def code_of(output: Path, task: Any, lora: Any, *flags: object) -> str:
     """Returns inference.py of a run of the task; its method is a LoRA, or all weights if ``lora`` is None."""
     options = options_of(output, *flags)
     validator: Any = SimpleNamespace(
-        sampling=SAMPLING, fps=8.0, flags=options.validation, pipeline=None, size_multiple=16
+        sampling=SAMPLING, whole_fps=8, flags=options.validation, pipeline=None, size_multiple=16
     )
     validator.tiles = Validator.tiles.fget(validator)  # type: ignore[attr-defined]
     full: Any = SimpleNamespace(transformer=nn.Linear(1, 1), result=FullFinetune.result)
@@ -162,6 +162,18 @@ def test_the_script_samples_as_the_validation_does(
     assert values(calls(tree, "encode_video"))["fps"] == 12
     assert ast.unparse(calls(tree, "pipe.set_adapters").args[1]) == "[args.strength]"
     assert given["--strength"] == 1
+
+
+@pytest.mark.parametrize(("given", "whole"), [(0.4, 1), (7.6, 8), (12, 12)])
+def test_inference_writes_whole_frames_per_second_and_the_run_says_so(
+    model: Path, tensors: Path, tmp_path: Path, given: float, whole: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--load_tensors", "--max_train_steps", 1, "--validation_fps", given)
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
+    tree = ast.parse((tmp_path / "lora" / INFERENCE_NAME).read_text())
+    assert values(calls(tree, "encode_video"))["fps"] == whole
+    said = f"inference.py writes {whole} frames per second, because diffusers takes whole numbers only; "
+    assert (said in capsys.readouterr().err) == (given != whole)
 
 
 @pytest.mark.fault("flags: inference.py with a version of diffusers that is too old")

@@ -175,6 +175,11 @@ class Validator:
         return pipeline
 
     @property
+    def whole_fps(self) -> int:
+        """Returns the frame rate for programs that write whole numbers of frames per second only."""
+        return max(1, round(self.fps))
+
+    @property
     def tiles(self) -> list[Tile | None]:
         """Returns the ways of decoding that are left to try: None for complete frames, then tile sizes."""
         if self.pipeline:

@@ -131,7 +131,7 @@ def write_card(
         code=method.inference(dtype),
         sampling=validator.sampling,
         decoding=[name for name in ("enable_slicing", "enable_tiling") if getattr(options.validation, name)],
-        fps=round(validator.fps),
+        fps=validator.whole_fps,
         token=(options.data.id_token or "").strip() or None,
         buckets=dict(sorted(Counter(str(sample.bucket) for sample in index.samples).items())),
         videos=list(videos_of(validator, folder, made["step"])),

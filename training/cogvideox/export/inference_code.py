@@ -215,7 +215,7 @@ def inference_script(options: TrainOptions, task: Task, method: Method, validato
             slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else "", tiles=validator.tiles
         ),
         arguments=arguments,
-        output=SCRIPT_OUTPUT.format(fps=round(validator.fps)),
+        output=SCRIPT_OUTPUT.format(fps=validator.whole_fps),
     )
 
 

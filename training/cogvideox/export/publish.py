@@ -83,6 +83,9 @@ def publish(
         exact = exact and about.get("lora_scale_folded") != FOLDED_ROUNDED
         verification = verify(run, task, method, collate([dataset[Visit(0, 0)]]), base_precision(options), exact)
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
+        if validator.whole_fps != validator.fps:
+            why = f"because diffusers takes whole numbers only; validation videos have {validator.fps:g}"
+            run.say(f"{INFERENCE_NAME} writes {validator.whole_fps} frames per second, {why}")
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
         made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has another seed
         made["verification"] = verification
