@@ -737,6 +737,16 @@ def test_a_tracker_that_the_environment_disables_is_remarked(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("script", [LORA, PREPARE, CAPTION, DOCTOR])
+def test_a_revision_of_a_local_model_is_remarked(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = LEAST[script][2:]
+    for model, remark in ((str(tmp_path), "--revision: has no effect; the model is a folder\n"), ("me/model", "")):
+        args.parse(OPTIONS[script], None, ["--model_id", model, *rest, "--revision", "v2"])
+        assert capsys.readouterr().err == remark
+
+
 def test_requests_without_a_server_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
     args.parse(OPTIONS[CAPTION], None, [*TRAIN_LEAST, "--caption_model", "m", "--request_attempts", "2"])
     assert capsys.readouterr().err.startswith("--request_attempts: has no effect; there is no --endpoint")

@@ -238,6 +238,8 @@ def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
         given: The names of the flags that the command line has.
     """
     found: dict[str, str] = {}
+    if not isinstance(options, SceneOptions) and os.path.isdir(options.model.pretrained_model_name_or_path):
+        found["revision"] = "the model is a folder"
     if isinstance(options, PrepareOptions | TrainOptions):
         yield from longer_buckets(options.data)
         if not draws_at_random(options.data):
