@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -432,7 +433,7 @@ class Trainer:
         limit = self.options.train.stop_when_worse
         if limit is None:
             return
-        number = sum(map(self._held_out_due, range(1, self.steps.total)))
+        number = len(list(islice(filter(self._held_out_due, range(1, self.steps.total)), limit)))
         if number < limit:
             rule = f"has no effect; the held-out loss is measured {number} times between the first and the last step"
             self.run.say(f"--stop_when_worse {limit}: {rule}; give a smaller number, or measure more often")
