@@ -915,6 +915,8 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
     ("error", "status", "line"),
     [
         (UsageError("a\nb"), 2, "script: 1 problem\n  a\\nb\n"),
+        (UsageError(["a", "  seed: 1 there, 2 now"]), 2, "script: 1 problem\n  a\n    seed: 1 there, 2 now\n"),
+        (UsageError(["a", "  of a", "b"]), 2, "script: 2 problems\n  a\n    of a\n  b\n"),
         (stopping.Stopped(), 75, "stopped; the same command continues\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/d/x"),

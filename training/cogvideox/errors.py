@@ -48,7 +48,8 @@ class UsageError(ValueError):
     """Lists all problems of the flags, the files or the model, which are found before any model is loaded.
 
     Each problem is one line: the flag or file with its value, the rule, and the nearest fix, such as
-    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``. Queries and passwords of URLs are removed.
+    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``. Indented lines after it belong to
+    it. Queries and passwords of URLs are removed.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:

@@ -462,7 +462,8 @@ def exit_status(
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return NON_FINITE_EXIT
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    number = sum(not text.startswith(" ") for text in problems)  # an indented line belongs to the one before
+    count = "1 problem" if number == 1 else f"{number} problems"
     lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in problems)]
     print(*lines, sep="\n", file=sys.stderr)
     return USAGE_EXIT
