@@ -371,6 +371,20 @@ def test_videos_that_become_stills_are_reported(configs: Path, clips: Path, tmp_
     assert "1x32x48: 6 videos give one frame each; to train on motion give longer buckets too" in lines
 
 
+def test_clips_of_which_little_is_trained_on_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:
+    """Of 100 frames at 8 per second, 9 are less than a tenth; 25 are not, nor 9 of them in each of two variants."""
+    write_video(data / "videos/00001.mp4", np.zeros((100, 64, 96, 3), np.uint8), 8)
+    flags: list[dict[str, Any]] = [{"frame_buckets": (9,)}, {"frame_buckets": (25, 9)}, {"frame_selection": "uniform"}]
+    flags += [{"frame_buckets": (9,), "frame_selection": "random", "num_augmentations": 2}, {"frame_buckets": (1,)}]
+    found = [
+        [line for line in described(configs, data, tmp_path / "out", **given) if "is trained on" in line]
+        for given in flags
+    ]
+    rule = "1 clip is much longer than what is trained on, which is less than 10% of the clip"
+    fix = "split_scenes.py --max_scene_seconds 3 makes several clips of one"
+    assert found == [[f"{rule}; {fix}"], [], [], [], []]
+
+
 def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:
     """A clip with 6 frames per second repeats frames at 16. At --fps 6, or if spread over the clip, it repeats none."""
     frames = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), np.uint8)

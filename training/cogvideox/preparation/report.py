@@ -34,6 +34,7 @@ from cogvideox.preparation.proposals import USUAL
 from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad
 
 TRIED = 3  # clips to time
+LEAST_SHARE = 0.1  # of a clip; a note says so if less is trained on
 LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
 # For HEVC, the filter is hevc_metadata.
 TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"
@@ -204,7 +205,7 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
     """Returns lines about a data set that its user may not expect; details of a line follow it and are indented."""
     geometry, number = preparation.geometry, len(records) - preparation.num_validation
-    notes = [*frame_notes(used, geometry), *still_notes(used), *color_notes(records)]
+    notes = [*frame_notes(used, geometry), *still_notes(used), *length_notes(used), *color_notes(records)]
     if preparation.num_validation:
         notes.append(f"{preparation.num_validation} of the clips are for validation")
     notes += skipped_notes(preparation.skipped)
@@ -230,6 +231,21 @@ def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
         videos = sum(clip.source.frames > 1 for clip in clips)
         if bucket.frames == 1 and videos:
             yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
+
+
+def length_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
+    """Yields a note about videos of which all variants together are only a small part."""
+    clips = [clip for bucket, clips in used.items() if bucket.frames > 1 for clip in clips]
+    shares = dict.fromkeys((clip.place for clip in clips), 0.0)
+    for clip in clips:
+        shares[clip.place] += clip.span * clip.num_variants / clip.source.frames
+    long = [clip for clip in clips if shares[clip.place] < LEAST_SHARE]
+    if long:
+        # A longer scene is divided into equal parts, so each has at least half as many seconds.
+        seconds = math.ceil(2 * max(clip.span / clip.source.fps for clip in long))
+        rule = f"much longer than what is trained on, which is less than {LEAST_SHARE:.0%} of the clip"
+        fix = f"split_scenes.py --max_scene_seconds {seconds} makes several clips of one"
+        yield f"{clips_are(len({clip.place for clip in long}))} {rule}; {fix}"
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:
