@@ -225,6 +225,28 @@ def test_the_result_follows_the_flag(model: Path, prepared: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(
+    ("before", "said"), [(0.05, "held-out loss of 0.40000, more than the 0.05000 before"), (2.0, "")]
+)
+def test_a_result_that_is_worse_than_the_base_model_is_reported(
+    model: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: float,
+    said: str,
+) -> None:
+    """The best checkpoint, of step 2, has the lowest loss of all checkpoints, but the base model has a lower one."""
+    monkeypatch.setitem(LOSSES, 0, before)
+    monkeypatch.setitem(LOSSES, 2, 0.4)
+    assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 4, "--export_best")) == 0
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("before training; give a lower --learning_rate" in printed) == bool(said)
+
+
+@pytest.mark.usefixtures("scripted")
 def test_the_last_checkpoint_is_exported_if_it_is_the_best(model: Path, prepared: Path, tmp_path: Path) -> None:
     assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 10, "--export_best")) == 0
     assert names(tmp_path) == [10]

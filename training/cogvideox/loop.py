@@ -562,6 +562,7 @@ class Trainer:
         run, options = self.run, self.options
         if options.train.export_best:
             step = self._restore_best(step)
+        self.best.report_harm(step)
         with stopping.phase("the export"), self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         if run.is_main:

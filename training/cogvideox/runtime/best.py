@@ -70,6 +70,20 @@ def not_better(measured: Mapping[float, float], last: int) -> int:
     return len(steps) - 1 - steps.index(best) if best is not None else 0
 
 
+def harm(measured: Mapping[float, float], step: int) -> str | None:
+    """Returns, for a message, that training has raised the held-out loss up to a step, or None if it has not.
+
+    Args:
+        measured: Held-out losses by step, all on one grid.
+        step: The step whose weights are the result.
+    """
+    before, after = measured.get(0), measured.get(step)
+    if before is None or after is None or after <= before:
+        return None
+    fix = "give a lower --learning_rate or fewer steps"
+    return f"the result has a held-out loss of {after:.5f}, more than the {before:.5f} before training; {fix}"
+
+
 class BestCheckpoint:
     """Protects the best checkpoint from the limit of ``saver``, and writes best.json."""
 
@@ -130,6 +144,11 @@ class BestCheckpoint:
             return False
         count = not_better(losses_on_grid(self.folder, self.grid), step) if self.run.is_main else 0
         return bool(self.run.from_main(count >= limit))
+
+    def report_harm(self, step: int) -> None:
+        """Prints that the held-out loss of the result, of a step, is higher than before training, if it is."""
+        if self.run.is_main and (line := harm(losses_on_grid(self.folder, self.grid), step)):
+            self.run.say(line)
 
     def step(self) -> int:
         """Returns the step of the best checkpoint, on every rank.
