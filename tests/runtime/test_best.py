@@ -225,9 +225,7 @@ def test_the_result_follows_the_flag(model: Path, prepared: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("scripted")
-@pytest.mark.parametrize(
-    ("before", "said"), [(0.05, "held-out loss of 0.40000, more than the 0.05000 before"), (2.0, "")]
-)
+@pytest.mark.parametrize("before", [0.05, 2.0])
 def test_a_result_that_is_worse_than_the_base_model_is_reported(
     model: Path,
     prepared: Path,
@@ -235,15 +233,13 @@ def test_a_result_that_is_worse_than_the_base_model_is_reported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     before: float,
-    said: str,
 ) -> None:
-    """The best checkpoint, of step 2, has the lowest loss of all checkpoints, but the base model has a lower one."""
+    """The best checkpoint, of step 2, has the lowest loss of all checkpoints, but the base model may have a lower one."""
     monkeypatch.setitem(LOSSES, 0, before)
     monkeypatch.setitem(LOSSES, 2, 0.4)
     assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 4, "--export_best")) == 0
-    printed = capsys.readouterr().err
-    assert said in printed
-    assert ("before training; give a lower --learning_rate" in printed) == bool(said)
+    line = "has a held-out loss of 0.40000, more than the 0.05000 before training; give a lower --learning_rate"
+    assert (line in capsys.readouterr().err) == (before < 0.4)
 
 
 @pytest.mark.usefixtures("scripted")
