@@ -234,7 +234,7 @@ def test_a_result_that_is_worse_than_the_base_model_is_reported(
     capsys: pytest.CaptureFixture[str],
     before: float,
 ) -> None:
-    """The best checkpoint, of step 2, has the lowest loss of all checkpoints, but the base model may have a lower one."""
+    """The best checkpoint, of step 2, has the lowest loss of all checkpoints. That of the base model may be lower."""
     monkeypatch.setitem(LOSSES, 0, before)
     monkeypatch.setitem(LOSSES, 2, 0.4)
     assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 4, "--export_best")) == 0
