@@ -383,6 +383,10 @@ def test_clips_of_which_little_is_trained_on_are_reported(configs: Path, data: P
     rule = "1 clip is much longer than what is trained on, which is less than 10% of the clip"
     fix = "split_scenes.py --max_scene_seconds 3 makes several clips of one"
     assert found == [[f"{rule}; {fix}"], [], [], [], []]
+    rows = "".join(f"videos/00001.mp4,{start},{start + 2},a\n" for start in range(0, 12, 2))
+    (data / "t.csv").write_text(f"video,start,end,caption\n{rows}")
+    sections = described(configs, data, tmp_path / "out", frame_buckets=(9,), dataset_file="t.csv")
+    assert not any("is trained on" in line for line in sections)
 
 
 def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:

@@ -37,11 +37,6 @@ class Used:
         """Whether a source frame is used more than once."""
         return len(set(self.variant.indices)) < len(self.variant.indices)
 
-    @property
-    def span(self) -> int:
-        """Number of source frames from the first to the last one that the first variant uses."""
-        return max(self.variant.indices) - min(self.variant.indices) + 1
-
 
 def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
     """Returns the usable clips by bucket, in the order of the buckets."""

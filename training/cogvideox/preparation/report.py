@@ -205,7 +205,8 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
     """Returns lines about a data set that its user may not expect; details of a line follow it and are indented."""
     geometry, number = preparation.geometry, len(records) - preparation.num_validation
-    notes = [*frame_notes(used, geometry), *still_notes(used), *length_notes(used), *color_notes(records)]
+    notes = [*frame_notes(used, geometry), *still_notes(used), *color_notes(records)]
+    notes += length_notes(used, records, preparation.recipe.fps)
     if preparation.num_validation:
         notes.append(f"{preparation.num_validation} of the clips are for validation")
     notes += skipped_notes(preparation.skipped)
@@ -233,19 +234,26 @@ def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
             yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
 
 
-def length_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
-    """Yields a note about videos of which all variants together are only a small part."""
-    clips = [clip for bucket, clips in used.items() if bucket.frames > 1 for clip in clips]
-    shares = dict.fromkeys((clip.place for clip in clips), 0.0)
-    for clip in clips:
-        shares[clip.place] += clip.span * clip.num_variants / clip.source.frames
-    long = [clip for clip in clips if shares[clip.place] < LEAST_SHARE]
-    if long:
+def length_notes(used: dict[Bucket, list[Used]], records: Records, fps: float | None) -> Iterator[str]:
+    """Yields a note about clips of which all variants together are only a small part.
+
+    Args:
+        used: The usable clips.
+        records: The record of every sample.
+        fps: The rate at which clips are sampled; None if their frames are spread over all of the clip.
+    """
+    shares: dict[int, float] = {}
+    for bucket, clips in used.items():
+        for clip in clips if fps and bucket.frames > 1 else ():
+            frames = bucket.frames * clip.num_variants
+            shares[clip.place] = shares.get(clip.place, 0.0) + frames / (records[clip.place].available or frames)
+    long = sum(share < LEAST_SHARE for share in shares.values())
+    if fps and long:
         # A longer scene is divided into equal parts, so each has at least half as many seconds.
-        seconds = math.ceil(2 * max(clip.span / clip.source.fps for clip in long))
+        seconds = math.ceil(2 * max(bucket.frames for bucket in used) / fps)
         rule = f"much longer than what is trained on, which is less than {LEAST_SHARE:.0%} of the clip"
         fix = f"split_scenes.py --max_scene_seconds {seconds} makes several clips of one"
-        yield f"{clips_are(len({clip.place for clip in long}))} {rule}; {fix}"
+        yield f"{clips_are(long)} {rule}; {fix}"
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:
