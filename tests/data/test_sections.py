@@ -12,6 +12,7 @@ from data_sets import problems, read, touch
 from running import prepare
 
 from cogvideox.config.buckets import Bucket
+from cogvideox.data import clips
 from cogvideox.data.clips import ClipRecipe, decode_variant, measure_clip, plan_clip
 from cogvideox.data.media.frames import Section
 from cogvideox.data.media.pixels.decode import write_video
@@ -85,6 +86,24 @@ def test_a_section_has_its_own_key_and_a_whole_file_keeps_its_key(scenes: Path) 
     keys = [RECIPE.request(scenes, section) for section in (None, Section(0.0, 3.0), Section(3.0, None))]
     assert len(set(keys)) == 3
     assert keys[0] == RECIPE.request(scenes)
+
+
+def test_the_sections_of_a_file_are_planned_after_reading_it_once(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video of an hour may have a thousand scenes. A file that has changed is read again."""
+    file = shutil.copy(scenes, tmp_path / "a.mp4")
+    read: list[str] = []
+    for name in ("probe", "content_hash"):
+        real = getattr(clips, name)
+        monkeypatch.setattr(clips, name, lambda path, name=name, real=real: (read.append(name), real(path))[1])
+    sections = [Section(0.0, 3.0), Section(3.0, 6.0), Section(1.0, 4.0)]
+    found = [plan_clip(file, RECIPE, section).content for section in sections]
+    assert read == ["probe", "content_hash"]
+    with open(file, "ab") as end:
+        end.write(b"\0\0\0\x08free")
+    assert plan_clip(file, RECIPE, sections[0]).content not in found
+    assert read == ["probe", "content_hash"] * 2
 
 
 def test_a_section_that_is_empty_or_short_is_explained(scenes: Path) -> None:

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -95,6 +95,18 @@ def content_hash(path: StrPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Scenes of a long video follow each other, so a process reads its packets and its bytes once for all of them. A changed
+# file has another stamp, see stamp_of.
+@lru_cache(maxsize=1)
+def _info_of(path: str, _stamp: tuple[int, ...]) -> VideoInfo:
+    return probe(path)
+
+
+@lru_cache(maxsize=1)
+def _content_of(path: str, _stamp: tuple[int, ...]) -> str:
+    return content_hash(path)
+
+
 def content_change(path: str, content: str) -> str | None:
     """Returns None if a file still has the content hash ``content``, or else a phrase that says why not."""
     try:
@@ -148,9 +160,10 @@ def plan_image(path: StrPath) -> ClipRecord:
 
 def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
     """Probes a file and returns its record, which contains the result of ``plan`` or why the file cannot be used."""
-    record = ClipRecord(request, str(path), FAILED, stamp=stamp_of(path))
+    stamp = stamp_of(path)
+    record = ClipRecord(request, str(path), FAILED, stamp=stamp)
     try:
-        info = probe(path)
+        info = _info_of(str(path), tuple(stamp))
         record = replace(record, source=Source.of(info))
         return plan(record, info)
     except VideoError as error:
@@ -169,7 +182,7 @@ def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRe
     if not buckets:
         status, reason = why_no_bucket(info, recipe, available)
         return replace(record, status=status, reason=reason, available=available)
-    content = content_hash(record.path)
+    content = _content_of(record.path, tuple(record.stamp or ()))
     cuts = tuple(plan_cut(info, bucket, recipe, content) for bucket in buckets)
     return replace(record, status=OK, available=available, content=content, cuts=cuts)
 
