@@ -27,6 +27,7 @@ from cogvideox.config.geometry import check_preparation, read_geometry
 from cogvideox.config.options import PrepareOptions, needs_captions
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.pixels.decord_reader import check_reader
+from cogvideox.errors import plural
 from cogvideox.files import what_is_safe
 
 CHECKS = (check_preparation, check_data_roots, check_reader)
@@ -84,7 +85,7 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
         return 0
     index = prepare_and_report(preparation, ranks.say, prepare.batch_size)
     given = shlex.quote(str(folder))
-    ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {given} --load_tensors")
+    ranks.say(f"{plural(len(index.samples), 'sample')} in {folder}; train with --data_root {given} --load_tensors")
     return 0
 
 

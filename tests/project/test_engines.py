@@ -204,7 +204,7 @@ def runs(
     @functools.cache
     def made(kind: str, batch: int, lora: bool) -> Runs:
         runs = Runs(kind, tiny(kind), clips, tmp_path_factory.mktemp("runs"), batch, lora)
-        assert f"6 clips in {2 if runs.buckets else 1} buckets" in runs.train("one")
+        assert f"6 clips in {'2 buckets' if runs.buckets else '1 bucket'}" in runs.train("one")
         return runs
 
     return made

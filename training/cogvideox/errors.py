@@ -44,6 +44,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def plural(count: int, one: str, many: str = "") -> str:
+    """Returns a number with its noun, such as "1 clip is" or "2 clips are"; ``many`` may be left out for an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 class UsageError(ValueError):
     """Lists all problems of the flags, the files or the model, which are found before any model is loaded.
 

@@ -35,7 +35,7 @@ from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
-from cogvideox.errors import UsageError, first_line, first_of
+from cogvideox.errors import UsageError, first_line, first_of, plural
 from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter
 from cogvideox.evaluation.health import report_health
 from cogvideox.evaluation.held_out import HeldOut
@@ -529,8 +529,9 @@ class Trainer:
             self.steps.total,
         )
         run.say(
-            f"{len(order.sample_ids)} clips in {len(order.members)} buckets, {order.global_batch} samples per "
-            f"optimizer step: {order.steps_through(0)} steps in epoch 1, {self.steps.total} in total"
+            f"{plural(len(order.sample_ids), 'clip')} in {plural(len(order.members), 'bucket')}, "
+            f"{plural(order.global_batch, 'sample')} per optimizer step: "
+            f"{plural(order.steps_through(0), 'step')} in epoch 1, {self.steps.total} in total"
             f"{self._describe_filled()}"
         )
         pin = loader.pin_memory and torch.cuda.is_available()
@@ -551,7 +552,7 @@ class Trainer:
         if self.options.train.max_train_steps:
             return ""
         filled = self.steps.order.num_fill_samples(self.options.train.num_train_epochs)
-        return f"; {filled} samples of the next epoch fill the last batches" if filled else ""
+        return f"; {plural(filled, 'sample')} of the next epoch complete the last batches" if filled else ""
 
     def finish(self) -> int:
         """Evaluates the last step, publishes the result and uploads it if asked; returns the script's exit status."""

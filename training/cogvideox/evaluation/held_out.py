@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cogvideox import stopping
 from cogvideox.data.cache import CachedSample, hash_of
 from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt, timestep_in
+from cogvideox.errors import plural
 from cogvideox.evaluation.validation import evaluation_mode, release_memory
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.rng import uniform
@@ -76,7 +77,7 @@ class HeldOut:
             record = {"step": step, "held_out_loss": mean, "held_out_error": error, GRID: self.grid}
             write_metrics(self.run, record | {BY_TIMESTEP: average_by_clip(losses, names).mean(dim=0).tolist()})
         number = len(set(names))
-        clips = "1 clip" if number == 1 else f"+- {error:.5f}, {number} clips"
+        clips = ("" if number == 1 else f"+- {error:.5f}, ") + plural(number, "clip")
         self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
 
     def losses(self) -> Tensor | None:

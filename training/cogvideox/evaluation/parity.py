@@ -30,6 +30,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import TrainOptions, ignores_positions
 from cogvideox.data.dataset import Batch, collate, draw_sample, sample_posterior, standard_normal
+from cogvideox.errors import plural
 from cogvideox.model import encode, models
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.tasks import ImageToVideo, Task, image_scale, losses_of
@@ -70,7 +71,7 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
             check_positions(transformer, geometry, bucket, ignores_positions(options))
     check_bucket(task, pipeline, schedule, geometry, buckets[0])
     check_loss(task, pipeline, schedule, geometry, buckets[0])
-    run.say(f"checked on {len(buckets)} buckets: the transformer gets the same inputs as in {task.pipeline}")
+    run.say(f"checked on {plural(len(buckets), 'bucket')}: the transformer gets the same inputs as in {task.pipeline}")
     if isinstance(task, ImageToVideo) and relative_image_scale(task, geometry) != 1.0:
         usual = image_scale(geometry)
         run.say(f"but image latents are multiplied by {task.scale:.4g}, as asked, and by {usual:.4g} in the pipeline")

@@ -18,6 +18,7 @@ from cogvideox.config.geometry import hub_file
 from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.cache import CacheIndex
+from cogvideox.errors import plural
 from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export.inference_code import generate, literal, oldest_diffusers
@@ -215,11 +216,6 @@ def markdown_link(text: str, target: str) -> str:
     return f"[{escape_markdown(text)}]({quote(target, safe='/:?=%')})"
 
 
-def pluralize(number: int, what: str) -> str:
-    """Returns a number with its noun in the singular or plural, such as "2 clips"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def heading(facts: Facts) -> str:
     """Returns the title, one sentence about the model, and the tag for the hub's gallery of videos."""
     what = "A LoRA for" if facts.is_lora else "A full fine-tune of"
@@ -227,7 +223,7 @@ def heading(facts: Facts) -> str:
         base = markdown_link(facts.base, f"{HUB_URL}/{facts.base}")
     else:
         base = f"a CogVideoX from a local folder ({escape_markdown(facts.base_folder)})"
-    clips, steps = pluralize(sum(facts.buckets.values()), "clip"), pluralize(facts.made["step"], "step")
+    clips, steps = plural(sum(facts.buckets.values()), "clip"), plural(facts.made["step"], "step")
     text = f"{what} {base}, {facts.task}, trained on {clips} for {steps}."
     token = f"\n\nBegin prompts with {escape_markdown(facts.token)} to use what was learned." if facts.token else ""
     return f"# {escape_markdown(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
@@ -291,7 +287,7 @@ def results(facts: Facts) -> str:
     """Returns the section with pictures and a table of the videos."""
     blocks = [f"![{PICTURES[name]}]({name})" for name in facts.pictures]
     if facts.videos:
-        rows = [f"| prompt | before | after {pluralize(facts.made['step'], 'step')} |", "|---|---|---|"]
+        rows = [f"| prompt | before | after {plural(facts.made['step'], 'step')} |", "|---|---|---|"]
         for video in facts.videos:
             image = f" ({markdown_link('image', video.image)})" if video.image else ""
             before = markdown_link("video", video.before) if video.before else ""
@@ -305,13 +301,13 @@ def results(facts: Facts) -> str:
 def training(facts: Facts) -> str:
     """Returns the section on how the model was trained and verified."""
     made = facts.made
-    buckets = ", ".join(f"{name} ({pluralize(number, 'clip')})" for name, number in facts.buckets.items())
+    buckets = ", ".join(f"{name} ({plural(number, 'clip')})" for name, number in facts.buckets.items())
     rate = f"learning rate {made['learning_rate']:g}, {made['lr_scheduler']}, {made['optimizer']}"
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     checked = made["verification"]
     lines = [
         f"Frames x height x width: {buckets}.",
-        f"Optimizer steps: {made['step']}, of {pluralize(made['samples_per_step'], 'sample')} each; {rate}.",
+        f"Optimizer steps: {made['step']}, of {plural(made['samples_per_step'], 'sample')} each; {rate}.",
         f"Precision: {facts.dtype}; seed {made['seed']}.",
         f"Versions: {versions}; Python {made['python']}, {made['device']}.",
         f"Checked: read back by diffusers, the weights were compared with the trained ones on a sample of the data: "

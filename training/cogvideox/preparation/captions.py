@@ -12,7 +12,7 @@ from typing import Any
 
 from cogvideox.data.cache import hash_of
 from cogvideox.data.forms.samples import Sample
-from cogvideox.errors import first_of, one_line
+from cogvideox.errors import first_of, one_line, plural
 
 BATCH = 4096  # captions per call of the tokenizer
 NAMED = 3  # clips that are listed per shared caption
@@ -145,14 +145,9 @@ def shared_notes(clips: Sequence[tuple[Sample, str]]) -> list[str]:
     if not shared:
         return []
     number = sum(count for _, count in shared)
-    rule = f"{number} clips share {plural(len(shared), 'caption', 'captions')} with another clip"
+    rule = f"{number} clips share {plural(len(shared), 'caption')} with another clip"
     lines = [f"{quoted(text)}: {count} clips: {names(clips_of[text])}" for text, count in shared]
     return [f"{rule}; if the clips differ in what they show, say so in their captions:", *indented(lines)]
-
-
-def plural(count: int, one: str, many: str) -> str:
-    """Returns a number with its noun in the singular or plural."""
-    return f"{count} {one if count == 1 else many}"
 
 
 def names(listed: Sequence[str]) -> str:

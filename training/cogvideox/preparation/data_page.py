@@ -18,9 +18,8 @@ from cogvideox.data.forms.samples import Sample
 from cogvideox.data.health import LOOK_BITS, Health, alike, clip_oddities, usual_health
 from cogvideox.data.records import ClipRecord
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used
-from cogvideox.errors import UsageError, one_line
+from cogvideox.errors import UsageError, one_line, plural
 from cogvideox.files import write_atomically
-from cogvideox.preparation.captions import plural
 from cogvideox.preparation.causes import WORDS, causes_of
 from cogvideox.preparation.pictures import Pictures, sheet_picks
 from cogvideox.preparation.prepare import Preparation
@@ -176,7 +175,7 @@ class DataPage:
         """Describes the data set in one line."""
         good = sum(record.usable for record in self.records)
         parts = [f"{good} of {plural(len(self.records), 'clip is', 'clips are')} used"]
-        parts[0] += f" in {plural(len(self.used), 'bucket', 'buckets')}"
+        parts[0] += f" in {plural(len(self.used), 'bucket')}"
         if self.preparation.num_validation:
             parts.append(f"{self.preparation.num_validation} held out to measure the loss")
         if self.odd:

@@ -23,9 +23,9 @@ from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors.sdr import HDR, WHITE, is_wide_sdr
 from cogvideox.data.records import SHORT, SMALL
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.model import encode, models
-from cogvideox.preparation.captions import caption_notes, indented, plural, shared_notes
+from cogvideox.preparation.captions import caption_notes, indented, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
 from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
@@ -208,7 +208,7 @@ def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list
     notes = [*frame_notes(used, geometry), *still_notes(used), *color_notes(records)]
     notes += length_notes(used, records, preparation.recipe.fps)
     if preparation.num_validation:
-        notes.append(f"{preparation.num_validation} of the clips are for validation")
+        notes.append(f"{plural(preparation.num_validation, 'clip is', 'clips are')} for validation")
     notes += skipped_notes(preparation.skipped)
     notes += leak_notes(preparation, records)
     notes += rate_notes(used, preparation.recipe.fps)
@@ -231,7 +231,8 @@ def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
     for bucket, clips in used.items():
         videos = sum(clip.source.frames > 1 for clip in clips)
         if bucket.frames == 1 and videos:
-            yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
+            given = plural(videos, "video gives one frame", "videos give one frame each")
+            yield f"{bucket}: {given}; to train on motion give longer buckets too"
 
 
 def length_notes(used: dict[Bucket, list[Used]], records: Records, fps: float | None) -> Iterator[str]:
@@ -253,7 +254,7 @@ def length_notes(used: dict[Bucket, list[Used]], records: Records, fps: float | 
         seconds = math.ceil(2 * max(bucket.frames for bucket in used) / fps)
         rule = f"much longer than what is trained on, which is less than {LEAST_SHARE:.0%} of the clip"
         fix = f"split_scenes.py --max_scene_seconds {seconds} makes several clips of one"
-        yield f"{clips_are(long)} {rule}; {fix}"
+        yield f"{plural(long, 'clip is', 'clips are')} {rule}; {fix}"
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:
@@ -273,20 +274,15 @@ def color_notes(records: Records) -> Iterator[str]:
     if hdr:
         kinds = ", ".join(f"{count} {name.upper()}" for name, count in hdr.items())
         done = f"converted to SDR with {WHITE:g} cd/m2 as white; brighter parts are clipped"
-        yield f"{clips_are(sum(hdr.values()))} HDR ({kinds}): {done}"
+        yield f"{plural(sum(hdr.values()), 'clip is', 'clips are')} HDR ({kinds}): {done}"
     wide = sum(is_wide_sdr(source.conversions) for source in sources)
     if wide:
-        yield f"{clips_are(wide)} SDR with colors of bt2020 or P3: converted to bt709"
+        yield f"{plural(wide, 'clip is', 'clips are')} SDR with colors of bt2020 or P3: converted to bt709"
     untagged = [source for source in sources if source.matrix_is_assumed]
     large = sum(min(source.height, source.width) >= LARGE for source in untagged)
     if large:
-        rule = f"{clips_are(large)} of {LARGE}p or more without a color matrix: bt601 is assumed, as by decord"
-        yield f"{rule}; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
-
-
-def clips_are(number: int) -> str:
-    """Returns the start of a sentence about a number of clips."""
-    return "1 clip is" if number == 1 else f"{number} clips are"
+        rule = f"{plural(large, 'clip is', 'clips are')} of {LARGE}p or more without a color matrix: bt601 is assumed, "
+        yield f"{rule}as by decord; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:

@@ -21,7 +21,7 @@ from cogvideox.config.options import (
 )
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.preparation.encoding import Encoders, encode_captions, missing_captions, other_encoders
 from cogvideox.preparation.factory import open_factory
 from cogvideox.preparation.prepare import Preparation
@@ -63,7 +63,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
     if options.loader.load_tensors:
         check_suitable(index, geometry, options)
     index = index if image_flags(options) is not None else index.without_images()
-    run.say(f"{len(index.samples)} clips in {folder}")
+    run.say(f"{plural(len(index.samples), 'clip')} in {folder}")
     if options.loader.load_tensors:
         for line in idle_schedule(options.validation, bool(index.validation)):
             run.say(line)

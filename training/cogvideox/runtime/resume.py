@@ -15,7 +15,7 @@ from typing import Any
 from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import STATE_NAME, Engine
@@ -248,13 +248,8 @@ def data_difference(start: StartPoint, index: CacheIndex) -> str:
         "removed": [name for name in then if name not in now],
         "changed": [name for name in now if name in then and now[name] != then[name]],
     }
-    parts = [f"{count(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
+    parts = [f"{plural(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
     return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
-
-
-def count(number: int, what: str) -> str:
-    """Returns a number with its noun, in the plural if needed."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def listed(names: list[str]) -> str:

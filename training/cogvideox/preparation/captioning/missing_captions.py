@@ -17,9 +17,9 @@ from cogvideox.config.flags import CaptionFlags
 from cogvideox.data.forms.uncaptioned import Uncaptioned
 from cogvideox.data.media.pixels.stills import Stills, stills_of
 from cogvideox.data.media.workers import Killed, Limits, Workers
-from cogvideox.errors import UsageError, first_of, one_line
+from cogvideox.errors import UsageError, first_of, one_line, plural
 from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request
-from cogvideox.preparation.captions import plural, tokens_of
+from cogvideox.preparation.captions import tokens_of
 
 MOST_REFUSED = 3  # clips that the model may refuse one after the other before the script ends
 Decoded = tuple[Uncaptioned, Stills | str | Killed]  # a clip, and its frames or why it has none
@@ -130,7 +130,7 @@ class Captioning:
 
     def report(self, present: int) -> list[str]:
         """Returns the lines at the end; ``present`` is the number of clips that had a caption before."""
-        lines = [f"{plural(self.written, 'caption', 'captions')} written; {present} were there and are unchanged"]
+        lines = [f"{plural(self.written, 'caption')} written; {present} were there and are unchanged"]
         if self.cut:
             rule = f"{plural(self.cut, 'caption has', 'captions have')} more than the {self.length} tokens of T5"
             lines.append(f"{rule}; shorten them, or delete them and ask for fewer words in --caption_prompt")

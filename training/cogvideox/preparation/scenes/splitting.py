@@ -29,8 +29,7 @@ from cogvideox.data.forms.scene_table import Clip, SceneTable, clips_of
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.pixels.stills import info_of, small_frames
 from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
-from cogvideox.errors import one_line
-from cogvideox.preparation.captions import plural
+from cogvideox.errors import one_line, plural
 from cogvideox.preparation.scenes.cut_sheet import draw_cuts
 from cogvideox.progress import ProgressBar
 
@@ -227,7 +226,7 @@ class SceneSplitter:
         self._counts.update(cut=1, scenes=len(kept), short=len(scenes) - len(kept))
         self._counts["captions"] += bool(clip.caption) and not repeats
         short = f", without {len(scenes) - len(kept)} that are too short" if len(scenes) > len(kept) else ""
-        self._say(one_line(f"{clip.video}: {plural(len(kept), 'scene', 'scenes')}{short}"))
+        self._say(one_line(f"{clip.video}: {plural(len(kept), 'scene')}{short}"))
         return [Clip(clip.video, _section(info, scene), clip.caption if repeats else "") for scene in kept]
 
     def _draw(self) -> None:
@@ -246,14 +245,14 @@ class SceneSplitter:
                 "scenes have none: write them, or use caption_dataset.py, or start again with --scene_captions repeat"
             )
         if counts["unreadable"]:
-            files = plural(counts["unreadable"], "file", "files")
+            files = plural(counts["unreadable"], "file")
             fix = "repair or remove, and give the same command again"
             lines.append(f"{files} left out that cannot be opened as videos; {fix}")
         if counts["short"]:
             are = "scene is" if counts["short"] == 1 else "scenes are"
             rule = f"left out, because of --min_scene_seconds {flags.min_scene_seconds:g}"
             lines.append(f"{counts['short']} {are} {rule}")
-        return [*lines, f"{plural(counts['clips'], 'clip', 'clips')}{self._result()}; table: {flags.table}"]
+        return [*lines, f"{plural(counts['clips'], 'clip')}{self._result()}; table: {flags.table}"]
 
     def _result(self) -> str:
         """Returns what follows the number of clips in the last line."""
@@ -265,7 +264,7 @@ class SceneSplitter:
         if not counts["cut"]:
             return f"{before}: none was cut"
         were = "was" if counts["cut"] == 1 else "were"
-        return f"{before}: {counts['cut']} {were} cut into {plural(counts['scenes'], 'scene', 'scenes')}"
+        return f"{before}: {counts['cut']} {were} cut into {plural(counts['scenes'], 'scene')}"
 
 
 def _may_be_cut(clip: Clip) -> bool:
