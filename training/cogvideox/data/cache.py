@@ -21,6 +21,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.buckets import Bucket
@@ -400,8 +401,8 @@ def open_index(folder: Path) -> CacheIndex:
     path = folder / TENSOR_INDEX
     if not path.is_file():
         raise UsageError(
-            f"--load_tensors: {folder} has no index.json, so prepare_dataset.py has not written there; give its "
-            "--output_dir, or leave out --load_tensors and give the folder of the clips"
+            f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {quote(str(folder))}, "
+            "or leave out --load_tensors and give the folder of the clips"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
