@@ -38,7 +38,7 @@ from cogvideox.config.options import (
 )
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.config.presets import fill_in
-from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, public_urls
+from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, plural, public_urls
 from cogvideox.files import disk_errors_converted
 
 LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
@@ -463,8 +463,7 @@ def exit_status(
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return NON_FINITE_EXIT
     number = sum(not text.startswith(" ") for text in problems)  # an indented line belongs to the one before
-    count = "1 problem" if number == 1 else f"{number} problems"
-    lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in problems)]
+    lines = [f"{Path(sys.argv[0]).name}: {plural(number, 'problem')}", *(f"  {one_line(text)}" for text in problems)]
     print(*lines, sep="\n", file=sys.stderr)
     return USAGE_EXIT
 

@@ -29,7 +29,7 @@ from cogvideox.data.media.frames import Section, VideoInfo, frame_indices, frame
 from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.data.media.transforms import apply_fit, fit
 from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
-from cogvideox.errors import UsageError, one_line
+from cogvideox.errors import UsageError, one_line, plural
 from cogvideox.files import stamp_of
 from cogvideox.rng import uniform
 
@@ -206,7 +206,7 @@ def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[
         return SHORT, f"is a single picture, but the shortest bucket has {shortest} frames; add a bucket of one frame"
     if available < shortest:
         rate = f" at {recipe.fps:g} frames per second" if recipe.fps else ""
-        frames = f"{available} {'frame' if available == 1 else 'frames'}"
+        frames = plural(available, "frame")
         skipped_seconds = (recipe.skip_frames_start + recipe.skip_frames_end) / info.fps
         given = f"{info.duration - skipped_seconds:.2f} s give {frames}{rate}"
         return SHORT, f"{given}, but the shortest bucket has {shortest}; add a shorter bucket"

@@ -41,7 +41,7 @@ from cogvideox.config.options import (
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import open_index
 from cogvideox.data.sampler import Order
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
@@ -146,7 +146,7 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     buckets = sorted(set(samples.buckets))
     counts = ", ".join(f"{number} of {bucket}" for bucket, number in sorted(Counter(samples.buckets).items()))
     number = samples_per_step(options, run.world)
-    lines = [f"data: {counts}", f"steps: {run.steps} of {number} {'sample' if number == 1 else 'samples'}"]
+    lines = [f"data: {counts}", f"steps: {run.steps} of {plural(number, 'sample')}"]
     if run.start.folder is not None:
         lines[-1] += f"; {run.start.step} are done, in {run.start.folder.name}"
     if line := warm_up_note(options.optimizer, run.steps, number):

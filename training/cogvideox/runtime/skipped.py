@@ -8,7 +8,7 @@ metrics.jsonl has all that counting needs: "skipped" and, with fp16, "loss_scale
 import math
 from collections import Counter
 
-from cogvideox.errors import NonFiniteError
+from cogvideox.errors import NonFiniteError, plural
 from cogvideox.optimizer.step import LOSS_SCALE
 from cogvideox.runtime.checkpoint_files import resume_hint
 from cogvideox.runtime.metrics import read_records
@@ -99,7 +99,7 @@ class SkippedSteps:
         """Returns a line with the number of skipped steps of the run, or None if no step was skipped."""
         if not self.counted:
             return None
-        steps = "1 optimizer step" if self.counted == 1 else f"{self.counted} optimizer steps"
+        steps = plural(self.counted, "optimizer step")
         why = "because gradients were not finite"
         return f'{steps} changed no weight in this run, {why}; metrics.jsonl marks each as "skipped"'
 
