@@ -8,14 +8,19 @@
 Weights and tensors are random. --vram_budget limits the process to the memory of a card of that size, so that it fails
 where it would fail there. --host_gib limits host memory with a control group of Linux, which needs the rights of root.
 With --kill_after 4 and five steps, checkpoints are written after step 3, and after step 5 by the run that resumed. For
-all weights of 5b, each takes more than a minute, and the disk must have room for two. The JSON file has the lines that
-the script printed about its plan, peaks, losses and export.
+all weights of 5b, each takes more than a minute, and the disk must have room for two. A disk of 64 GB has room for one
+and for the weights of the other:
+
+    --first_flags="--checkpointing_steps 4 --max_train_steps 4" --resumed_flags=--checkpoint_weights_only
+
+The JSON file has the lines that the script printed about its plan, peaks, losses and export.
 """
 
 import argparse
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,15 +60,23 @@ def command_of(args: argparse.Namespace) -> list[str]:
     return command + args.flags
 
 
+def write_existing(path: Path, text: str) -> None:
+    """Writes to a file that the kernel provides; raises FileNotFoundError where it does not."""
+    with path.open("r+") as file:
+        file.write(text)
+
+
 def control_group(gib: float) -> tuple[Path, Path]:
     """Creates a control group with a limit; returns its folder, and the file with the peak of its memory."""
     for root, (limit, peak) in zip((MOUNT, MOUNT / "memory"), LIMITS, strict=True):
         folder = root / GROUP
         with suppress(OSError):
+            write_existing(root / "cgroup.subtree_control", "+memory")  # in version 2, groups have no limits before
+        with suppress(OSError):
             folder.rmdir()  # otherwise the peak would be that of an earlier run
         try:
             folder.mkdir(exist_ok=True)
-            (folder / limit).write_text(str(int(gib * 2**30)))
+            write_existing(folder / limit, str(int(gib * 2**30)))
         except OSError:
             continue
         return folder, folder / peak
@@ -119,6 +132,8 @@ def main() -> int:
         default=0,
         help="save a checkpoint before this step, kill the run after it, and resume",
     )
+    parser.add_argument("--first_flags", default="", help="flags of the run that is killed, in one word, after --flags")
+    parser.add_argument("--resumed_flags", default="", help="flags of the run that is not, in one word, after --flags")
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument(
@@ -131,12 +146,13 @@ def main() -> int:
     command, (output, log) = command_of(args), empty_places(args.work_dir)
     started = time.perf_counter()
     if args.kill_after:
-        kill_after(args.kill_after, start(command, group, log), output)
-    status = start(command, group, log).wait()
+        kill_after(args.kill_after, start(command + shlex.split(args.first_flags), group, log), output)
+    status = start(command + shlex.split(args.resumed_flags), group, log).wait()
     said = log.read_text().replace("\r", "\n").splitlines()
     messages = [line.strip() for line in said if line.strip().startswith(SAYS)]
     row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": status}
-    row |= {"flags": args.flags, "killed_after": args.kill_after, "host_gib": args.host_gib}
+    row |= {"flags": args.flags, "first_flags": args.first_flags, "resumed_flags": args.resumed_flags}
+    row |= {"killed_after": args.kill_after, "host_gib": args.host_gib}
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": messages, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["group_peak_gib"] = round(int(peak.read_text()) / 2**30, 2) if peak and peak.exists() else None
