@@ -39,7 +39,7 @@ from cogvideox.optimizer.step import StepResult, learning_rate
 from cogvideox.planning import execution, plan
 from cogvideox.planning.dry_run import PlannedRun
 from cogvideox.planning.plan import ExecutionPlan
-from cogvideox.runtime.run import PRECISIONS, TimeMark
+from cogvideox.runtime.run import PRECISIONS, TimeMark, use_growing_segments
 
 GIB = 2**30
 NO_MEMORY = "out of memory"
@@ -159,6 +159,7 @@ def make_room(device: torch.device, keeps_graphs: bool = False) -> None:
     Raises:
         RuntimeError: Some memory is still in use, which would count for the next arm.
     """
+    use_growing_segments()  # as the training scripts do
     if not keeps_graphs:
         torch._dynamo.reset()
     gc.collect()

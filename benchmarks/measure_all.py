@@ -99,7 +99,7 @@ def all_jobs() -> list[Job]:
     return [
         Job("preparation", ranks, ("prepare_ranks.json",), 230, gpus=2),
         bench_job("5b-8bit", ["5b-sft-24gb-8bit", "5b-sft-lean-8bit", "5b-sft-80gb-device-8bit"], "--trace"),
-        Job("gpu-tests", ("gpu_tests.py", "--results", RESULTS), ("gpu_tests.json",), 330),
+        Job("gpu-tests", ("gpu_tests.py", "--results", RESULTS), ("gpu_tests.json",), 480),
         small_card_job("5b", 24, 480, *within_64, result="small_card_5b_sft_host_64_killed.json"),
         small_card_job("2b", 8, 250, result="small_card_2b_sft_killed.json"),
         bench_job("stock-offload", ["5b-sft-stock-offload"]),
