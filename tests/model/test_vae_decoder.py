@@ -97,7 +97,16 @@ def test_a_tiled_video_has_the_right_size_and_similar_pixels(vae: Any) -> None:
             assert 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()
 
 
-def test_tiles_that_do_not_add_up_are_made_smaller() -> None:
-    """150 pixels are not an integer number of latents. For tiny models no tile is valid, and the default is kept."""
+def test_tiles_that_do_not_add_up_are_replaced() -> None:
+    """150 pixels are not an integer number of latents. Half of 64x96 is smaller than the smallest valid tile."""
     assert tiles_from((150, 250), 8) == [(144, 240), (96, 160)]
-    assert tiles_from((32, 48), 8) == [(32, 48)]
+    assert tiles_from((32, 48), 8) == [(48, 40)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 80), (56, 88)])
+def test_a_tiny_vae_decodes_in_tiles_to_the_right_size(vae: Any, height: int, width: int) -> None:
+    vae.tile_sample_min_height, vae.tile_sample_min_width = 32, 48
+    Decoder(vae, print, tiled=True)
+    with torch.no_grad():
+        video_BCFHW = vae.decode(torch.randn(1, 16, 1, height // 8, width // 8)).sample
+    assert video_BCFHW.shape == (1, 3, 1, height, width)

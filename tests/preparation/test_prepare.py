@@ -508,6 +508,17 @@ def test_moments_that_are_not_finite_stop_the_run(
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 80), (64, 96)])
+def test_tiles_give_latents_of_the_bucket_s_size(
+    tiny: Tiny, clips: Path, tmp_path: Path, threads: None, height: int, width: int
+) -> None:
+    """Half of 64x96, the default tile of diffusers for this VAE, ends in an error or in latents of another size."""
+    size = {"height_buckets": (height,), "width_buckets": (width,)}
+    index = complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(encode_tiling=True), **size)
+    moments = TensorCache(tmp_path).read(index.samples[0].video_keys[0])["moments_CFHW"]
+    assert moments.shape == (32, 2, height // 8, width // 8)
+
+
 @pytest.mark.parametrize(
     ("tiling", "message"),
     [

@@ -28,6 +28,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS
 from cogvideox.errors import UsageError, first_line
 from cogvideox.model import t5_stream, vae_encoder
+from cogvideox.model.vae_decoder import default_tile
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
@@ -255,7 +256,7 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
     """Yields the VAE on the device, with an optimized encoder on a GPU, and frees it afterwards."""
     vae = load_vae(model, DTYPES[dtype]).to(device)
     if tiling:
-        vae.enable_tiling()
+        vae.enable_tiling(*default_tile(vae))
     if device.type == "cuda":
         try_to_optimize_encoder(vae)
     try:

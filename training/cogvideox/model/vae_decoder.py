@@ -1,8 +1,8 @@
 """Decodes latents with the largest tiles for which the device has enough memory.
 
 ``Decoder`` replaces ``vae.decode``: it tries complete frames first, then smaller and smaller tiles. Only decoding is
-tiled. The first frame of image-to-video is encoded as a complete image, as the clips were on which the model was
-trained.
+tiled then. The first frame of image-to-video is encoded as a complete image, as the clips were on which the model was
+trained. ``default_tile`` is also the tile of --encode_tiling.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from cogvideox import stopping
 Tile = tuple[int, int]  # height and width, pixels
 SMALLEST = 96  # pixels of a side; in smaller tiles, most of the area is overlap
 SHRINK = 0.7  # the next smaller tile has at most this share of a tile's side
-OVERLAPS = (1 / 6, 1 / 5)  # overlapping shares of a tile's height and width, as in diffusers
+OVERLAPS_PER_TILE = (6, 5)  # in diffusers, tiles overlap by 1/6 of their height and 1/5 of their width
 # The default tile of diffusers for the published models, and the pixels per latent of these models.
 PUBLISHED = (240, 360), 8
 
@@ -27,36 +27,42 @@ def decoding_attempts(first: Tile, scale: int, tiled: bool) -> list[Tile | None]
 
 
 def tiles_from(first: Tile, scale: int) -> list[Tile]:
-    """Lists tiles from the first one down to the smallest useful one.
+    """Lists tiles from the first one down to the smallest useful one; all are valid.
 
     Args:
         first: The height and width of the largest tile, in pixels.
         scale: The pixels per latent.
     """
-    tiles = []
-    height, width = (side_within(side, overlap, scale) for side, overlap in zip(first, OVERLAPS, strict=True))
-    while min(height, width) >= SMALLEST:
-        tiles.append((height, width))
-        height, width = (side_within(int(s * SHRINK), o, scale) for s, o in zip(tiles[-1], OVERLAPS, strict=True))
-    return tiles or [first]
+    tiles = [valid_tile(first, scale)]
+    while True:
+        height, width = tiles[-1]
+        smaller = valid_tile((int(height * SHRINK), int(width * SHRINK)), scale)
+        if min(smaller) < SMALLEST:
+            return tiles
+        tiles.append(smaller)
 
 
-def side_within(pixels: int, overlap: float, scale: int) -> int:
-    """Returns the longest valid side of a tile, in pixels; 0 if there is none.
+def valid_tile(largest: Tile, scale: int) -> Tile:
+    """Returns the largest valid tile within these sides, in pixels, or the smallest valid tile if none is within them.
 
-    Diffusers assembles a video of the right size only if the part of a tile that does not overlap with the next one is
-    an integer number of latents.
+    Diffusers assembles a result of the right size only if the overlap of two tiles is an integer number of latents.
 
     Args:
-        pixels: The largest side allowed.
-        overlap: The share of the side that overlaps.
+        largest: The largest height and width, in pixels.
         scale: The pixels per latent.
     """
-    for latents in range(pixels // scale, 0, -1):
-        side = latents * scale
-        if side - int(side * overlap) == int(latents * (1 - overlap)) * scale:
-            return side
-    return 0
+    height, width = (max(s // (scale * n), 1) * scale * n for s, n in zip(largest, OVERLAPS_PER_TILE, strict=True))
+    return height, width
+
+
+def scale_of(vae: Any) -> int:
+    """Returns the pixels per latent of a VAE, per side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def default_tile(vae: Any) -> Tile:
+    """Returns the tile that diffusers uses for this VAE, rounded to a valid one."""
+    return valid_tile((vae.tile_sample_min_height, vae.tile_sample_min_width), scale_of(vae))
 
 
 class Decoder:
@@ -70,9 +76,7 @@ class Decoder:
 
     def __init__(self, vae: Any, say: Callable[[str], None], tiled: bool = False) -> None:
         self.vae, self.say, self.decode = vae, say, vae.decode
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        first = vae.tile_sample_min_height, vae.tile_sample_min_width
-        self.attempts = decoding_attempts(first, scale, tiled)
+        self.attempts = decoding_attempts(default_tile(vae), scale_of(vae), tiled)
         vae.decode = self
         vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of a few frames each
 
