@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import in_hub_cache
 from random_models import TRANSFORMERS, vae_config
+from tiny_cogvideox import make_tiny
 
 from cogvideox import host_memory
 from cogvideox.config import args
@@ -389,6 +391,27 @@ def test_prepared_data_that_the_run_refuses_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=problem):
         predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", *flags.split())
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["folder", "hub"])
+def test_tensors_of_another_model_are_refused(hub: bool, tensors: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "other", "5b", seed=1)
+    in_hub_cache(tmp_path / "cache", "other", other)
+    flags = ("--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--cache_dir", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="its tensors were made with another VAE and text encoder than this model's"):
+        predict(Path("me/other") if hub else other, tensors, tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["folder", "hub"])
+def test_without_weights_the_encoders_are_not_compared(
+    hub: bool, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_hub_cache(tmp_path / "cache", "5b", published)
+    model = Path("me/5b") if hub else published
+    flags = ("--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--cache_dir", str(tmp_path / "cache"))
+    assert predict(model, index, tmp_path / "out", *flags, "--max_train_steps", "10") == 0
+    line = f"not checked: whether this model encoded the tensors; {model} has no vae and text_encoder here"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from caption_server import CaptionServer, pictures, says, serving, texts
 from data_sets import captions as captions_of
+from hub_stand_in import in_hub_cache
 from preparing import decode_inline
 
 from cogvideox import stopping
@@ -423,10 +424,7 @@ def test_a_model_of_the_hub_is_stored_in_the_folder_of_the_flag(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(vision_local, "caption_in", lambda answer: "A sentence.")
-    stored, commit = tmp_path / "cache" / "models--me--vision", "0" * 40
-    shutil.copytree(vision, stored / "snapshots" / commit)
-    (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text(commit)
+    in_hub_cache(tmp_path / "cache", "vision", vision)
     flags = ("--caption_model", "me/vision", "--caption_tokens", 16, "--caption_frames", 1, "--max_captions", 1)
     assert local(model, folder, *flags, "--cache_dir", tmp_path / "cache") == 0
     assert len(list(folder.rglob("*.txt"))) == 1

@@ -10,11 +10,13 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +24,14 @@ import yaml
 USER = "someone"
 LARGE = (".safetensors", ".mp4", ".png")  # by LFS
 REPO = r"/api/models/([^/]+/[^/]+)"
+
+
+def in_hub_cache(cache: Path, name: str, folder: Path) -> None:
+    """Stores a model in a folder for --cache_dir as the hub's client stores the model me/NAME."""
+    stored, commit = cache / f"models--me--{name}", "0" * 40
+    shutil.copytree(folder, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
-from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS
+from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, missing_files
 from cogvideox.errors import UsageError, first_line
 from cogvideox.model import t5_stream, vae_encoder
 from cogvideox.model.vae_decoder import default_tile
@@ -61,6 +61,21 @@ def part_folder(model: ModelFlags, part: str) -> Path:
     if not (folder / part).is_dir():
         raise UsageError(f"--pretrained_model_name_or_path {folder}: has no folder {part}")
     return folder / part
+
+
+def has_weights(model: ModelFlags, part: str) -> bool:
+    """Returns whether all weights of a part are on this machine. Nothing is downloaded."""
+    folder = Path(model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        where: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir}
+        try:
+            folder = Path(snapshot_download(str(folder), local_files_only=True, **where))
+        except LocalEntryNotFoundError:
+            return False
+    return any((folder / part).glob("*.safetensors")) and not any(missing_files(folder / part))
 
 
 def weight_files(model: ModelFlags, part: str) -> list[Path]:

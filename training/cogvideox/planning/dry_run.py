@@ -39,13 +39,13 @@ from cogvideox.config.options import (
     under_deepspeed,
 )
 from cogvideox.config.prepared_flags import is_factory_layout
-from cogvideox.data.cache import open_index
+from cogvideox.data.cache import CacheIndex, open_index
 from cogvideox.data.sampler import Order
 from cogvideox.errors import UsageError, plural
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
-from cogvideox.model.models import ignore_learned_positions
+from cogvideox.model.models import has_weights, ignore_learned_positions
 from cogvideox.optimizer.step import warm_up_note
 from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
@@ -62,9 +62,10 @@ from cogvideox.planning.execution import (
     sizes_from_options,
 )
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
+from cogvideox.preparation.encoding import Encoders
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
-from cogvideox.preparation.tensors import check_suitable
+from cogvideox.preparation.tensors import check_index, check_suitable
 from cogvideox.runtime.checkpoint_files import checkpoints
 from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
 from cogvideox.runtime.ranks import alone
@@ -80,11 +81,16 @@ SHORTER = (33, 17, 9)  # frames of clips that are tried in place of longer ones
 
 @dataclass(frozen=True)
 class Samples:
-    """Lists the training samples of a run, and the bytes of the tensors that it encodes first."""
+    """Lists the training samples of a run, and the bytes of the tensors that it encodes first.
+
+    Attributes:
+        unchecked: A line about what the run will check and the prediction could not; empty if there is nothing.
+    """
 
     ids: list[str]
     buckets: list[Bucket]
     encoded_bytes: int
+    unchecked: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,8 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     lines = [f"data: {counts}", f"steps: {run.steps} of {plural(number, 'sample')}"]
     if run.start.folder is not None:
         lines[-1] += f"; {run.start.step} are done, in {run.start.folder.name}"
-    if line := warm_up_note(options.optimizer, run.steps, number):
-        lines.append(line)
+    notes = samples.unchecked, warm_up_note(options.optimizer, run.steps, number)
+    lines += [note for note in notes if note]
     transformer = empty_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
         disk, enough = disk_line(options, samples, run, transformer)
@@ -196,8 +202,10 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
             rule = "a folder of the CogVideoX factory has no index until a run has converted it"
             raise UsageError(f"--dry_run: {rule}; start the run once, or give the clips without --load_tensors")
         index = open_index(folder)
+        # The tensors of the factory are converted again for another model, because they do not name theirs.
+        unchecked = "" if folder != root else encoders_unchecked(index, geometry, options)
         check_suitable(index, geometry, options)
-        return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0)
+        return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0, unchecked)
     folder, variants = Path(str(options.loader.tensor_cache)), noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, alone(), variants)
     records = preparation.plan()
@@ -212,6 +220,21 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
             numbers += len(cut.variants) * (math.prod(geometry.moments_shape(cut.bucket)) + images)
     ids = [f"{name}@{cut.bucket}" for name, cut in cuts]
     return Samples(ids, [cut.bucket for _, cut in cuts], numbers * STORED_BYTES)
+
+
+def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> str:
+    """Checks that a prepared folder was made with the model's encoders; returns a line if their weights are not here.
+
+    Raises:
+        UsageError: The folder was made with others.
+    """
+    absent = [part for part in ("vae", "text_encoder") if not has_weights(options.model, part)]
+    if absent:
+        name = options.model.pretrained_model_name_or_path
+        return f"not checked: whether this model encoded the tensors; {name} has no {' and '.join(absent)} here"
+    encoders = Encoders.of(options.model, options.encode, geometry, torch.device("cpu"))
+    check_index(index, encoders, Path(options.data.data_root[0]))
+    return ""
 
 
 def disk_line(
