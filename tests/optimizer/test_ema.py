@@ -240,7 +240,7 @@ def test_the_held_out_loss_is_measured_on_the_average(
 
 
 def test_another_decay_is_another_run(model: Path, tensors: Path, averaged: Path) -> None:
-    with pytest.raises(UsageError, match=r"ema_decay: 0\.5 there, 0\.6 now"):
+    with pytest.raises(UsageError, match=r"--ema_decay: 0\.5 there, 0\.6 now"):
         train(lora_flags(model, tensors, averaged, *EMA, "--ema_decay", 0.6))
 
 

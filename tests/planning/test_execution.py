@@ -254,7 +254,7 @@ def test_a_quantized_base(
     run(model, tensors, tmp_path / "whole", "--plan", "fast", "--max_train_steps", 1)
     assert plans[-1].blocks == plans[-2].blocks
     assert plans[-1].peak > plans[-2].peak
-    with pytest.raises(UsageError, match=rf"base_precision: {precision} there, None now"):
+    with pytest.raises(UsageError, match=rf"--base_precision: {precision} there, not set now"):
         run(model, tensors, output, *LEAN, "--max_train_steps", 8)
 
 

@@ -400,7 +400,7 @@ def test_other_settings_are_not_mixed_into_a_run(model: Path, tensors: Path, tmp
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
     assert train(flags) == 0
     text = refused([*flags, "--learning_rate", "0.5"])
-    assert "learning_rate: 0.01 there, 0.5 now" in text
+    assert "--learning_rate: 0.01 there, 0.5 now" in text
     config = json.loads((tmp_path / "lora" / "config.json").read_text())
     assert config["flags"]["learning_rate"] == 0.01
     assert "already" in refused([*flags, "--max_train_steps", "1"])

@@ -447,10 +447,10 @@ def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
     rule, *differences = error.value.problems
     assert "checkpoint-2: was made with other settings" in rule
     assert sorted(differences) == [
-        "  gone: 3 there, None now",
-        "  new: None there, True now",
-        "  schedule: {'snr': 1.0} there, {'snr': 3.0} now",
-        "  seed: 1 there, 2 now",
+        "  --pretrained_model_name_or_path (schedule): {'snr': 1.0} there, {'snr': 3.0} now",
+        "  --seed: 1 there, 2 now",
+        "  gone: 3 there, not set now",
+        "  new: not set there, True now",
     ]
 
 
@@ -462,7 +462,7 @@ def test_a_checkpoint_of_an_earlier_version_that_names_the_engine(tmp_path: Path
     assert find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path)).step == 2
     saver.recipe["engine"] = "DeepSpeed x 2"
     saver.save(4)
-    with pytest.raises(UsageError, match="engine: DeepSpeed x 2 there, None now"):
+    with pytest.raises(UsageError, match="engine: DeepSpeed x 2 there, not set now"):
         find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path))
 
 
@@ -470,7 +470,7 @@ def test_a_checkpoint_of_an_earlier_version_that_lacks_a_switch(tmp_path: Path) 
     run, options = run_alone(tmp_path), options_of(tmp_path)
     saver_of(run, FakeEngine(), {"seed": 1}).save(2)
     assert find_start(run, {"seed": 1, "use_bf16_moments": False}, options).step == 2
-    with pytest.raises(UsageError, match="use_bf16_moments: None there, True now"):
+    with pytest.raises(UsageError, match="--use_bf16_moments: not set there, True now"):
         find_start(run, {"seed": 1, "use_bf16_moments": True}, options)
 
 

@@ -30,7 +30,8 @@ from cogvideox.config.conflicts import check_trackers
 from cogvideox.config.options import tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.model import models
-from cogvideox.runtime.resume import SAMPLES_NAME
+from cogvideox.runtime.checkpoint_files import PROGRESS_NAME
+from cogvideox.runtime.resume import DATA, SAMPLES_NAME, setting
 
 VALIDATED = ("--load_tensors", "--validation_prompt", PROMPT)
 
@@ -74,15 +75,25 @@ def prepared_without_last(tensors: Path, folder: Path) -> tuple[Path, str]:
 def test_changed_settings_are_refused_before_any_model_loads(model: Path, tensors: Path, again: Path) -> None:
     flags = lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 8)
     text = refused([*flags, "--learning_rate", "2e-2"])
-    assert "learning_rate: 0.01 there, 0.02 now" in text
+    assert "  --learning_rate: 0.01 there, 0.02 now" in text
     assert (
         f"add --allow_changed learning_rate, or start a new run with another --output_dir (--lora_path {again}" in text
     )
     text = refused([*flags, "--rank", "8"])
-    assert "rank: 4 there, 8 now" in text
+    assert "  --rank: 4 there, 8 now" in text
     assert "--allow_changed" not in text
+    assert "  --mixed_precision: no there, bf16 now" in refused([*flags, "--mixed_precision", "bf16"])
+    rule = "  --train_batch_size x --gradient_accumulation_steps x processes: 2 there, 4 now"
+    assert rule in refused([*flags, "--gradient_accumulation_steps", "4"])
     assert "checkpoint-9: the folder does not exist" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
     assert "is at step 6 already" in refused([*flags, "--max_train_steps", "3"])
+
+
+def test_every_setting_is_named_by_what_a_user_gives(reference: Path) -> None:
+    recipe = json.loads((reference / "checkpoint-6" / PROGRESS_NAME).read_text())["recipe"]
+    names = [setting(name) for name in recipe if name != DATA]
+    assert [name for name in names if not name.startswith(("--", "the script"))] == []
+    assert len(set(names)) == len(names)
 
 
 def test_an_allowed_change_keeps_the_step_and_the_videos(model: Path, tensors: Path, again: Path) -> None:
@@ -93,7 +104,7 @@ def test_an_allowed_change_keeps_the_step_and_the_videos(model: Path, tensors: P
     assert [line["lr"] for line in metrics(again) if "lr" in line] == [0.01] * 6 + [0.02]
     assert losses(again)[:6] == before
     assert videos <= {path.name for path in (again / "validation").iterdir()}
-    assert "learning_rate: 0.02 there, 0.01 now" in refused(flags)  # The new checkpoint has the new value.
+    assert "--learning_rate: 0.02 there, 0.01 now" in refused(flags)  # The new checkpoint has the new value.
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -150,7 +161,7 @@ def test_processes_with_different_data_are_refused(model: Path, tensors: Path, t
 def test_processes_with_different_settings_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors")
     for text in two_ranks(flags, [*flags, "--learning_rate", "5e-3"]):
-        assert "process 1 has learning_rate 0.005, process 0 has 0.01" in text
+        assert "process 1 has --learning_rate 0.005, process 0 has 0.01" in text
 
 
 @pytest.mark.long

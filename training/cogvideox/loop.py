@@ -67,7 +67,15 @@ from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.ranks import Ranks, lost_ranks_reported
 from cogvideox.runtime.report import write_report
-from cogvideox.runtime.resume import DATA, StartPoint, check_length, check_same_samples, find_start, write_samples
+from cogvideox.runtime.resume import (
+    DATA,
+    StartPoint,
+    check_length,
+    check_same_samples,
+    find_start,
+    setting,
+    write_samples,
+)
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 from cogvideox.runtime.trackers import log_media, start_trackers
@@ -623,8 +631,9 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     geometry = read_geometry(options.model)
     recipe = recipe_of(run, options, geometry, task_type, method_type)
     start = find_start(run, recipe, options)
+    settings = {setting(name): value for name, value in recipe.items()}
     run.ranks.check_agreement(
-        {"the first step": start.step} | recipe, "give all processes the same command and folders"
+        {"the first step": start.step} | settings, "give all processes the same command and folders"
     )
     start_trackers(run, options)
     run.startup.done("imports and processes")

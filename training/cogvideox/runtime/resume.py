@@ -7,13 +7,14 @@ are known. ``StartPoint.load`` loads the checkpoint.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE, TrainFlags
-from cogvideox.config.options import LoraOptions, TrainOptions
+from cogvideox.config.geometry import Geometry
+from cogvideox.config.options import SCRIPTS, LoraOptions, TrainOptions, fields_of
 from cogvideox.data.cache import CacheIndex
 from cogvideox.errors import UsageError, plural
 from cogvideox.files import write_atomically
@@ -36,6 +37,18 @@ from cogvideox.runtime.run import METRICS_NAME, Run
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
+# What decides the entries of a recipe that are not called like their flag.
+MODEL_FLAG = "--pretrained_model_name_or_path"
+DECIDED_BY = {
+    "task": "the script (task)",
+    "method": "the script (method)",
+    "transformer": f"{MODEL_FLAG} (hash of the weights)",
+    "precision": "--mixed_precision",
+    "samples_per_step": "--train_batch_size x --gradient_accumulation_steps x processes",
+    "image_scale": "--image_latent_scale",
+    "lora_path": "--lora_path (hash of the file)",
+    **{item.name: f"{MODEL_FLAG} ({item.name})" for item in fields(Geometry)},
+}
 
 
 @dataclass(frozen=True)
@@ -188,9 +201,21 @@ def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOpt
     free = {DATA, *options.train.allow_changed}
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
     if changed:
-        differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]
+        values = {name: (shown(then.get(name)), shown(now.get(name))) for name in changed}
+        differences = [f"  {setting(name)}: {old} there, {new} now" for name, (old, new) in values.items()]
         hint = continue_hint(start, changed, options)
         raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
+
+
+def setting(name: str) -> str:
+    """Returns what a user gives to change an entry of a recipe, for messages: the flag, if there is one."""
+    flags = {item.name for script in SCRIPTS.values() for _, item, _ in fields_of(script)}
+    return DECIDED_BY.get(name, f"--{name}" if name in flags else name)
+
+
+def shown(value: object) -> str:
+    """Returns a value of a recipe for messages."""
+    return "not set" if value is None else str(value)
 
 
 def as_written_now(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
