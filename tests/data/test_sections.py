@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_sets import problems, read, touch
+from preparing import complete, data_flags, decode_inline, preparation
 from running import prepare
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data import clips
 from cogvideox.data.clips import ClipRecipe, decode_variant, measure_clip, plan_clip
 from cogvideox.data.media.frames import Section
+from cogvideox.data.media.pixels import decode
 from cogvideox.data.media.pixels.decode import write_video
+from cogvideox.data.media.pixels.stills import Stills, stills_of
+from cogvideox.preparation import prepare as prepare_module
+from cogvideox.preparation.verify import find_faults
 
 RECIPE = ClipRecipe((Bucket(9, 32, 32),), 8.0, "middle", 0, 0, "none", 0.0, 1, 42)
 
@@ -88,22 +94,37 @@ def test_a_section_has_its_own_key_and_a_whole_file_keeps_its_key(scenes: Path) 
     assert keys[0] == RECIPE.request(scenes)
 
 
+@pytest.fixture
+def read_as(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists how complete files are read: "probe" or "content_hash"."""
+    found: list[str] = []
+    for module, name in ((decode, "probe"), (clips, "content_hash")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, name=name, real=real: (found.append(name), real(path))[1])
+    return found
+
+
 def test_the_sections_of_a_file_are_planned_after_reading_it_once(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenes: Path, tmp_path: Path, read_as: list[str]
 ) -> None:
     """A video of an hour may have a thousand scenes. A file that has changed is read again."""
     file = shutil.copy(scenes, tmp_path / "a.mp4")
-    read: list[str] = []
-    for name in ("probe", "content_hash"):
-        real = getattr(clips, name)
-        monkeypatch.setattr(clips, name, lambda path, name=name, real=real: (read.append(name), real(path))[1])
     sections = [Section(0.0, 3.0), Section(3.0, 6.0), Section(1.0, 4.0)]
     found = [plan_clip(file, RECIPE, section).content for section in sections]
-    assert read == ["probe", "content_hash"]
+    assert read_as == ["probe", "content_hash"]
     with open(file, "ab") as end:
         end.write(b"\0\0\0\x08free")
     assert plan_clip(file, RECIPE, sections[0]).content not in found
-    assert read == ["probe", "content_hash"] * 2
+    assert read_as == ["probe", "content_hash"] * 2
+
+
+def test_the_sections_of_a_file_are_captioned_after_reading_it_once(
+    scenes: Path, tmp_path: Path, read_as: list[str]
+) -> None:
+    file = str(shutil.copy(scenes, tmp_path / "a.mp4"))
+    stills = [stills_of(file, 2, 32, section) for section in (Section(0.0, 3.0), Section(3.0, 6.0))]
+    assert [still.duration for still in stills if isinstance(still, Stills)] == [3.0, 3.0]
+    assert read_as == ["probe"]
 
 
 def test_a_section_that_is_empty_or_short_is_explained(scenes: Path) -> None:
@@ -125,3 +146,26 @@ def test_sections_are_prepared(scenes: Path, model: Path, tmp_path: Path) -> Non
     keys = [key for sample in index["samples"] for key in sample["video_keys"]]
     assert [sample["id"] for sample in index["samples"]] == ["long.mp4", "long.mp4#2"]
     assert len(set(keys)) == 2
+
+
+def test_a_file_is_read_once_for_all_sections_that_are_encoded_or_verified(
+    scenes: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_as: list[str]
+) -> None:
+    decode_inline(monkeypatch, prepare_module)
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(scenes, data / "long.mp4")
+    (data / "metadata.csv").write_text("file_name,text,start,end\nlong.mp4,Dark,0,3\nlong.mp4,Bright,3,6\n")
+    flags = data_flags(data, max_upscale=9.0)
+    assert len(complete(model, data, tmp_path / "out", flags=flags).samples) == 2
+    assert read_as == ["probe", "content_hash"]
+    read_as.clear()
+    made = preparation(model, data, tmp_path / "out", flags=flags)
+    assert find_faults(made, made.plan()) == []
+    assert read_as == ["content_hash"]
+    status = os.stat(data / "long.mp4")
+    with open(data / "long.mp4", "r+b") as file:
+        file.write(b"x")
+    os.utime(data / "long.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
+    changed = find_faults(made, made.plan())
+    assert len({fault.record.request for fault in changed if fault.record}) == len(changed) == 2

@@ -26,7 +26,7 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.health import health_of, look_of
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo, frame_indices, frames_available
-from cogvideox.data.media.pixels.decode import probe, read_frames
+from cogvideox.data.media.pixels.decode import probe_once, read_frames
 from cogvideox.data.media.transforms import apply_fit, fit
 from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
 from cogvideox.errors import UsageError, one_line, plural
@@ -95,13 +95,8 @@ def content_hash(path: StrPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Scenes of a long video follow each other, so a process reads its packets and its bytes once for all of them. A changed
-# file has another stamp, see stamp_of.
-@lru_cache(maxsize=1)
-def _info_of(path: str, _stamp: tuple[int, ...]) -> VideoInfo:
-    return probe(path)
-
-
+# Scenes of a long video follow each other, so a process hashes it once for all of them. A changed file has another
+# stamp, see stamp_of.
 @lru_cache(maxsize=1)
 def _content_of(path: str, _stamp: tuple[int, ...]) -> str:
     return content_hash(path)
@@ -163,7 +158,7 @@ def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, Vid
     stamp = stamp_of(path)
     record = ClipRecord(request, str(path), FAILED, stamp=stamp)
     try:
-        info = _info_of(str(path), tuple(stamp))
+        info = probe_once(path)
         record = replace(record, source=Source.of(info))
         return plan(record, info)
     except VideoError as error:
@@ -265,7 +260,7 @@ def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = No
     """
     try:
         size = (variant.fit.resize_height, variant.fit.resize_width)
-        frames = read_frames(path, probe(path), variant.indices, *size, variant.reader)
+        frames = read_frames(path, probe_once(path), variant.indices, *size, variant.reader)
     except VideoError as error:
         return str(error)
     except OSError as error:  # the file may be fine, so nothing about it goes into the ledger

@@ -95,13 +95,15 @@ def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None
 def source_faults(preparation: Preparation, records: Sequence[ClipRecord]) -> Iterator[Fault]:
     """Yields a fault for each file whose content has changed although its size and time have not."""
     files = [file for record in records if record.usable for file in (record, record.first_frame)]
-    used = {file.request: file for file in files}
-    mine = preparation.share(list(used.values()))
-    jobs = ((content_change, record.path, record.content) for record in mine)
-    for record, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
+    used: dict[tuple[str, str], dict[str, ClipRecord]] = {}
+    for file in files:  # a long video may have a record for each of its scenes, and is read once
+        used.setdefault((file.path, file.content), {})[file.request] = file
+    mine = preparation.share(list(used))
+    jobs = ((content_change, *clip) for clip in mine)
+    for clip, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
         if change is not None:
             reason = change.reason if isinstance(change, Killed) else change
-            yield Fault(f"{record.path}: {reason}", record=record)
+            yield from (Fault(f"{clip[0]}: {reason}", record=record) for record in used[clip].values())
 
 
 def tensor_faults(

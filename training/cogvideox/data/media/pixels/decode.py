@@ -43,7 +43,15 @@ from cogvideox.data.media.faults import AGAIN, VideoError, check_size
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.pixels.decord_reader import read_with_decord
 from cogvideox.data.media.pixels.pictures import is_picture, probe_picture, read_picture
-from cogvideox.files import disk_errors_converted, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
+from cogvideox.files import (
+    disk_errors_converted,
+    fsync,
+    is_lfs_pointer,
+    lfs_rule,
+    removed_on_failure,
+    stamp_of,
+    temporary_of,
+)
 
 # Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:
 # a frame of h264 and hevc refers to at most 16 frames, and at most 16 are decoded before they are shown.
@@ -84,6 +92,19 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         conversions = (*index.conversions, *transparency, *tags.conversions())
         rate, assumed = float(stream.average_rate or 0), tags.lacks_matrix(frame.format)
         return VideoInfo(times, height, width, rotation, codec, rate, index, conversions, tags.matrix, assumed)
+
+
+def probe_once(path: str | os.PathLike[str]) -> VideoInfo:
+    """Returns what ``probe`` returns, without reading the file again if it was the last one and has not changed.
+
+    Scenes of a long video follow each other, so a process reads its packets once for all of them.
+    """
+    return _probe_once(str(path), tuple(stamp_of(path)))
+
+
+@functools.lru_cache(maxsize=1)
+def _probe_once(path: str, _stamp: tuple[int, ...]) -> VideoInfo:
+    return probe(path)
 
 
 def read_frames(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo, frame_indices
-from cogvideox.data.media.pixels.decode import probe, read_frames
+from cogvideox.data.media.pixels.decode import probe, probe_once, read_frames
 
 JPEG_QUALITY = 90
 
@@ -45,7 +45,7 @@ def stills_of(path: str, count: int, size: int, section: Section | None = None) 
         The frames, or a line that says why the file cannot be used.
     """
     try:
-        info = probe(path)
+        info = probe_once(path)
         clip = range(info.num_frames) if section is None else section.frames(info)
         skipped = (clip.start, info.num_frames - clip.stop)
         indices = frame_indices(info.times, min(count, len(clip)), None, "uniform", *skipped)
