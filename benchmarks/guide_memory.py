@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import math
@@ -27,6 +28,7 @@ import mmap
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -269,30 +271,32 @@ class ReusedMappings:
     """
 
     def __init__(self) -> None:
-        self._mappings: list[mmap.mmap] = []
+        # Each with what was lent of it last. A tensor refers to what it was made from, so that ends with its last view.
+        self._mappings: dict[mmap.mmap, weakref.ref[Any]] = {}
         self._taken: set[int] = set()  # of this row, by id
 
     def __getattr__(self, name: str) -> Any:
         return getattr(mmap, name)
 
     def _unused(self) -> list[mmap.mmap]:
-        # A tensor refers to the memory that it has. Here, the list, the loop and the argument refer to it.
-        return [m for m in self._mappings if sys.getrefcount(m) == 3]
+        return [mapping for mapping, lent in self._mappings.items() if lent() is None]
 
-    def mmap(self, fileno: int, length: int, flags: int) -> mmap.mmap:
-        """Returns zeroed memory of at least ``length`` bytes, with the arguments of ``mmap.mmap``."""
+    def mmap(self, fileno: int, length: int, flags: int) -> Any:
+        """Returns zeroed memory of at least ``length`` bytes, with the arguments and ``madvise`` of ``mmap.mmap``."""
         unused = self._unused()
         found = min((m for m in unused if length <= len(m) <= 1.1 * length), key=len, default=None)
         if found is None:
             if free_host_bytes() < length + SPARE:
-                self._mappings = [m for m in self._mappings if m not in unused]
+                self._mappings = {m: lent for m, lent in self._mappings.items() if m not in unused}
             del unused
             found = mmap.mmap(fileno, length, flags=flags)
-            self._mappings.append(found)
         else:
             torch.frombuffer(found, dtype=torch.uint8).zero_()
         self._taken.add(id(found))
-        return found
+        lent: Any = (ctypes.c_char * len(found)).from_buffer(found)
+        lent.madvise = found.madvise
+        self._mappings[found] = weakref.ref(lent)
+        return lent
 
     def free_host_bytes(self) -> int:
         """Returns the host memory that a row may allocate: what is free, and what earlier rows have left."""
@@ -309,7 +313,7 @@ class ReusedMappings:
 
     def next_row(self) -> None:
         """Frees what the last row did not use."""
-        self._mappings = [m for m in self._mappings if id(m) in self._taken]
+        self._mappings = {m: lent for m, lent in self._mappings.items() if id(m) in self._taken}
         self._taken.clear()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -193,6 +194,7 @@ def test_host_memory_of_a_row_is_used_again(monkeypatch: pytest.MonkeyPatch) -> 
     first, other = streaming.host_buffer(10_000).fill_(7), streaming.host_buffer(10_000)
     address = first.data_ptr()
     assert other.data_ptr() != address
+    others = list(mappings._mappings)  # only tensors count, whatever else refers to the memory
     del first
     mappings.next_row()
     again, larger = streaming.host_buffer(9_500), streaming.host_buffer(20_000)
@@ -201,9 +203,15 @@ def test_host_memory_of_a_row_is_used_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert not again.any()
     assert larger.data_ptr() not in (address, other.data_ptr())
     mappings.next_row()
-    del other
+    del other, others
     mappings.next_row()
     assert not mappings._mappings
+
+
+def test_reused_memory_takes_the_advice_of_buffers() -> None:
+    """Buffers ignore advice that is unknown, so they would not notice memory that takes none."""
+    memory = guide_memory.ReusedMappings().mmap(-1, 10_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
 
 
 def test_memory_of_earlier_rows_counts_as_free_and_yields_to_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
