@@ -29,6 +29,7 @@ from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
 from cogvideox.evaluation.validation import evaluation_mode
+from cogvideox.memory.streaming import TRANSFER_SLOTS
 from cogvideox.model import attention
 from cogvideox.model.diffusion import NoiseSchedule, loss_weights
 from cogvideox.model.methods import FullFinetune, Lora, Method
@@ -347,6 +348,7 @@ def choose_plan(
     # Of what these predictions were made, so that a test can repeat them with later constants.
     kinds = [[asdict(kind), count] for kind, count in Counter(chosen.blocks).items()]
     record |= {"sizes": asdict(sizes), "kinds": kinds, "state": chosen.state, "compiled": compiled}
+    record["slots"] = TRANSFER_SLOTS
     if precision != plan.AUTO:
         record["fidelity"] = execution.quantization_report(transformer, precision, work.device, backend)
     return chosen, record

@@ -19,7 +19,7 @@ from cogvideox.optimizer.adam import MOMENTS, Adam, is_compiled, read_moments, u
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights, rule_of
 
-SMALL = 12 * 512  # bytes of a range
+SMALL = 12 * 256  # bytes of a range
 RANGES = {"many": SMALL, "few": 8 * 2500, "one": 64 * 2**20}  # bytes of a range, by the number of ranges
 FLAGS = OptimizerFlags(weight_decay=0.01)
 

@@ -240,7 +240,8 @@ def test_updates_of_8_bit_state_are_bound_by_arithmetic() -> None:
     resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
     fast = replace(H100, memory=1e15)
     exact, quantized = (seconds_of(resident, fast, replace(SFT, state_bytes=n)) for n in (10.0, 4 + 2 / 64))
-    assert quantized - exact == pytest.approx(42 * 1.22e-3, rel=0.05)  # 1.22 ms a block were measured
+    per_block = 0.131e-3 * 132.2e6 / 8.36e6  # what was measured for a range of 8.36 million weights
+    assert quantized - exact == pytest.approx(42 * per_block, rel=0.05)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -253,7 +254,11 @@ def recorded() -> list[Any]:
 
 
 @pytest.mark.parametrize("result", recorded())
-def test_predictions_are_within_5_percent_of_what_was_measured(result: dict[str, Any]) -> None:
+def test_predictions_are_within_5_percent_of_what_was_measured(
+    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("costs", "timeline"):  # results without this number were measured with three slots
+        monkeypatch.setattr(f"cogvideox.planning.{module}.TRANSFER_SLOTS", result.get("slots", 3))
     sizes = Sizes(**result["sizes"] | {"units_kept": tuple(result["sizes"]["units_kept"])})
     kinds = {BlockPlan(**kind): count for (*kind_and_count,) in result["kinds"] for kind, count in [kind_and_count]}
     costs = Costs(kinds, result["state"], result["compiled"], sizes)

@@ -16,7 +16,8 @@ HostStore: the activations that forward saves for backward. They leave the devic
 the stream ``back``, one block before backward needs them. HostGradients: the gradients of blocks that are
 trained while their weights are in host memory. TrainedBlocks: the order of the optimizer's updates of blocks.
 
-TransferPipeline: host memory that the device modifies, such as optimizer state, in three stages and three slots:
+TransferPipeline: host memory that the device modifies, such as optimizer state, in three stages and several slots. With
+three of them:
 
     into       | copy 0 in | copy 1 in | copy 2 in  | copy 3 in  | ...     waits for the copy out, 3 transfers earlier
     work                   | update 0  | update 1   | update 2   | ...     waits for the copy in
@@ -52,7 +53,9 @@ Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
 # Blocks on the device whose updates are issued before they are used. A stream takes about a thousand pieces of work
 # before the host has to wait for it; an update has up to a hundred, and must not keep the host from issuing forward.
 UPDATES_AHEAD = 3
-TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked on, and one is emptied
+# Of a TransferPipeline: one slot is filled, one is worked on, and one is emptied. A kernel of cuDNN's attention takes
+# the whole device for up to 9 ms. Until it ends, no slot is worked on, and further slots are filled.
+TRANSFER_SLOTS = 6
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------
