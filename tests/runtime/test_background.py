@@ -29,6 +29,7 @@ from cogvideox.errors import DiskError, NonFiniteError
 from cogvideox.memory.streaming import aligned
 from cogvideox.optimizer.adam import join, split
 from cogvideox.optimizer.ema import Ema
+from cogvideox.optimizer.engine import lower_bits
 from cogvideox.optimizer.step import MasterWeights, rule_of
 from cogvideox.runtime import background, checkpoint
 from cogvideox.runtime.background import Reserve, Snapshot, Writing
@@ -484,6 +485,57 @@ def test_the_size_of_the_copy_is_predicted(flags: tuple[str, ...], size: float, 
     snapshot.add(Path("weights"), pieces_of({"p": parameter}), {})
     parts = {t.data_ptr(): t.nbytes for _, pieces, _ in snapshot.files for p in pieces.values() for t in p.parts}
     assert sum(parts.values()) == pytest.approx(predicted, rel=0.01)
+
+
+PARTIAL = [
+    ("float32", ("--optimizer", "torch.optim.SGD")),  # a checkpoint has only weights, which are in both of its files
+    ("float32", ("--optimizer", "torch.optim.SGD", "--optimizer_args", "momentum=0.9")),
+    ("float32", ("--use_8bit",)),
+    ("float32", ()),
+    ("float16", ("--use_8bit",)),
+    ("bfloat16", ("--use_8bit",)),
+    ("bfloat16", ()),
+]
+
+
+@pytest.mark.parametrize(("dtype", "flags"), PARTIAL)
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_a_partial_copy_takes_no_more_memory_than_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, flags: tuple[str, ...], share: float
+) -> None:
+    """The files have the values of the step, although training changes them as soon as it may."""
+    options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), Path("o"), *flags), ())
+    parameters = {f"p{i}": torch.nn.Parameter(torch.randn(64, 128).to(getattr(torch, dtype))) for i in range(32)}
+    one = parameters["p0"]
+    masters = MasterWeights(parameters, rule_of(options.optimizer), 1.0, dynamic_scale=False)
+    masters.backward(sum(p.float().square().sum() for p in parameters.values()))
+    masters.step(0.1)
+    files = {"state": lower_bits(masters.pieces()), "weights": pieces_of(parameters)}
+    expected = {name: {key: piece.read().clone() for key, piece in pieces.items()} for name, pieces in files.items()}
+    needed = copy_bytes(options, 32 * one.numel(), one.dtype, torch.device("cpu"))
+    room = int(share * needed)
+    snapshot = Snapshot(shares=True, left_out=needed - room)
+    for name, pieces in files.items():
+        snapshot.add(tmp_path / name, pieces, {})
+    copied = sum(copy.nbytes for _, copy in snapshot.copies.values())
+    assert room - 3 * needed / 32 < copied <= room + 0.01 * needed
+    write = background.write_tensors
+
+    def write_while_training_goes_on(path: Path, pieces: Any, metadata: Any, written: Callable[[], None]) -> str:
+        def change() -> None:
+            written()
+            if snapshot.only_copies.is_set():
+                for piece in (piece for pieces in files.values() for piece in pieces.values()):
+                    for part in piece.parts:
+                        part.zero_()
+
+        return write(path, pieces, metadata, change)
+
+    monkeypatch.setattr(background, "write_tensors", write_while_training_goes_on)
+    snapshot.write()
+    for name, tensors in expected.items():
+        loaded = load_file(tmp_path / name)
+        assert all(loaded[key].equal(tensor) for key, tensor in tensors.items())
 
 
 # -- in complete runs --------------------------------------------------------------------------------------------------

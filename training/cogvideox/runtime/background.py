@@ -32,6 +32,7 @@ NICE = 10  # lowers the priority of the thread, because training needs the cores
 ARENA = 2**30  # bytes that are allocated at a time; a mapping for each tensor would have few huge pages
 WAIT = 0.1  # seconds after which a thread that waits for an event of another one looks whether that has ended
 PAGE, TOUCHED = 2**12, 2**26  # bytes of the smallest page, and of the pages that are created at a time
+Address = tuple[torch.device, int, torch.dtype]
 
 
 def lower_priority() -> None:
@@ -75,6 +76,11 @@ class Reserve:
         return self._memory
 
 
+def address_of(tensor: Tensor) -> Address:
+    """Returns what tensors have in common that begin with the same elements in memory."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype
+
+
 class Snapshot:
     """Keeps copies of tensors until the files that contain them are written.
 
@@ -85,18 +91,21 @@ class Snapshot:
         shares: Whether a tensor that is part of several files is copied once. This is wrong if its values change before
             all files have been added, as weights do that are replaced by their average.
         memory: Host memory for the copies, uint8. More is allocated if it is not enough.
-        left_out: The bytes of tensors that are not copied, which are those that are written first.
+        left_out: The bytes of tensors that are not copied, which are those that are written first. What is left out is
+            left out of all files, so training also waits for what is written in between.
     """
 
     def __init__(self, shares: bool, memory: Tensor | None = None, left_out: int = 0) -> None:
         self.shares, self.left_out = shares, left_out
-        self.originals = 0  # tensors of files that were not copied and are not written yet
+        self.added = 0  # tensors of files
+        self.originals = 0  # tensors of files that are still to be written, up to the last one that was not copied
+        self.not_copied: set[Address] = set()
         self.only_copies = threading.Event()
         self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
         # What is left of the memory, or of the newest allocation.
         self.arena = torch.empty(0, dtype=torch.uint8) if memory is None else memory
         # The original and its flat copy, by address. An original is kept so that no other tensor gets its address.
-        self.copies: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.copies: dict[Address, tuple[Tensor, Tensor]] = {}
 
     def add(self, path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
         """Copies the tensors of a file, with all cores. It has the arguments of ``write_tensors``."""
@@ -104,16 +113,19 @@ class Snapshot:
 
     def _kept(self, piece: Piece) -> Piece:
         """Returns a piece with copied parts, or the piece itself if it is left out."""
-        if self.left_out > 0:
-            self.left_out -= sum(part.nbytes for part in piece.parts)
-            self.originals += 1
+        self.added += 1
+        parts = {address_of(part): part.nbytes for part in piece.parts}
+        if self.left_out > 0 or parts.keys() & self.not_copied:
+            self.left_out -= sum(size for address, size in parts.items() if address not in self.not_copied)
+            self.not_copied |= parts.keys()
+            self.originals = self.added
             return piece
         return replace(piece, parts=tuple(map(self._copy, piece.parts)))
 
     def _copy(self, part: Tensor) -> Tensor:
         """Returns a copy of a tensor in host memory."""
         source = part.reshape(-1)
-        key = source.device, source.data_ptr(), source.dtype
+        key = address_of(source)
         _, target = self.copies.get(key, (None, None))
         if target is None or target.numel() < source.numel():
             target = self._allocate(source.nbytes).view(source.dtype)
@@ -150,7 +162,7 @@ class Snapshot:
         return hashes
 
     def _count(self, written: int) -> None:
-        """Counts tensors that are written. The first ones are the originals."""
+        """Counts tensors that are written, and lets training go on after the last original."""
         self.originals -= written
         if self.originals <= 0:
             self.only_copies.set()
