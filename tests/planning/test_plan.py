@@ -12,7 +12,7 @@ import pytest
 import torch
 from sizes_of_5b import LORA, SFT
 
-from cogvideox.memory.streaming import TRANSFER_SLOTS, HostStore
+from cogvideox.memory.streaming import STAGES, TRANSFER_SLOTS, HostStore
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.choice import AS_FAST, choose_plan, compile_seconds, mixture, mixtures
 from cogvideox.planning.costs import ENDS_UNITS, EXCHANGED_UNITS, Costs, Kinds
@@ -336,6 +336,7 @@ def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int) -> None
     stored = lean.peak_bytes - max(backward, lean.transfer_slot_bytes)
     assert stored == costs(LEAN).peak_bytes - costs(LEAN).activation_bytes - costs(LEAN).gradient_bytes
     assert (lean.transfer_slot_bytes > backward) == (tokens == 482)
+    assert costs(LEAN, HOST, LORA).transfer_slot_bytes == STAGES * RANGE_BYTES  # of a LoRA, before the blocks compute
 
 
 def test_sums_of_several_passes_take_twice_the_memory() -> None:

@@ -53,8 +53,9 @@ Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
 # Blocks on the device whose updates are issued before they are used. A stream takes about a thousand pieces of work
 # before the host has to wait for it; an update has up to a hundred, and must not keep the host from issuing forward.
 UPDATES_AHEAD = 3
-# Of a TransferPipeline: one slot is filled, one is worked on, and one is emptied. A kernel of cuDNN's attention takes
-# the whole device for up to 9 ms. Until it ends, no slot is worked on, and further slots are filled.
+STAGES = 3  # slots of a TransferPipeline: one is filled, one is worked on, and one is emptied
+# The same while blocks compute. A kernel of cuDNN's attention takes the whole device for up to 9 ms. Until it ends, no
+# slot is worked on, and further slots are filled.
 TRANSFER_SLOTS = 6
 
 
@@ -584,10 +585,11 @@ class TransferPipeline:
         device: The device with the slots.
         into: The stream of the copies to the device. Streamed weights share it, so that all arrive in the order in
             which they were issued.
+        count: The number of slots.
     """
 
-    def __init__(self, device: torch.device, into: SideStream | None = None) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, into: SideStream | None = None, count: int = STAGES) -> None:
+        self.device, self.count = device, count
         self.into, self.out = into or SideStream(device), SideStream(device)
         # The kernels of an update are short, and those of a block are long, so without priority each would wait.
         self.work = SideStream(device, urgent=True)
@@ -606,11 +608,11 @@ class TransferPipeline:
         self.finish()
         # Each slice has memory of its own, because torch.compile does not see that views of one buffer are disjoint.
         self.slots = [
-            [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes] for _ in range(TRANSFER_SLOTS)
+            [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes] for _ in range(self.count)
         ]
         # The first copies wait for compute for two reasons. Earlier kernels may still use the memory that the allocator
         # gives out as slots. And earlier copies, which compute waits for, may still write the host memory.
-        self.free, self.number, self.kept_alive = [compute_event(self.device)] * TRANSFER_SLOTS, 0, needed
+        self.free, self.number, self.kept_alive = [compute_event(self.device)] * self.count, 0, needed
 
     def run(self, transfer: Transfer, after: Event = None) -> Event:
         """Issues a transfer; returns the event after its work.

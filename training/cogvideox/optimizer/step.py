@@ -23,6 +23,8 @@ from torch.nn import Parameter
 from cogvideox.config.flags import POLYNOMIAL_END, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.memory.streaming import (
+    STAGES,
+    TRANSFER_SLOTS,
     Event,
     TrainedBlocks,
     TransferPipeline,
@@ -330,7 +332,8 @@ class MasterWeights:
         self.owners = {name: owners[name] for name in parameters if name in owners}
         self.passing = [group for group in self.groups if group.state_on_host or group.collected is None]
         into = blocks.ring.side if blocks and blocks.ring else None
-        self.transfers = TransferPipeline(self.device, into) if self.passing else None
+        count = TRANSFER_SLOTS if blocks else STAGES
+        self.transfers = TransferPipeline(self.device, into, count) if self.passing else None
 
     def _make_groups(self, outside: dict[str, Parameter], adam: Adam, state_on_host: bool, sums: bool) -> None:
         """Divides the parameters into groups: those outside blocks by type, and one for each block."""

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
-from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
+from cogvideox.memory.streaming import IN_FLIGHT, STAGES, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
 
@@ -185,7 +185,8 @@ class Costs:
     def transfer_slot_bytes(self) -> Numbers:
         """Returns the device bytes of the optimizer's transfer slots."""
         gradients = self.held(HOST, GRADIENTS)
-        return TRANSFER_SLOTS * np.minimum(RANGE_BYTES, self.moved_state + gradients)
+        count = TRANSFER_SLOTS if self.sizes.block_trained else STAGES
+        return count * np.minimum(RANGE_BYTES, self.moved_state + gradients)
 
     @cached_property
     def sharded_peak_bytes(self) -> Numbers:
