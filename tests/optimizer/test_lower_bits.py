@@ -16,7 +16,7 @@ from cogvideox.config.options import SftOptions
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.engine import STATE_NAME, LocalEngine, ShardedEngine
-from cogvideox.optimizer.shard_files import raise_error
+from cogvideox.optimizer.shard_files import own_or_raise
 from cogvideox.optimizer.sharded_weights import ShardedWeights
 from cogvideox.optimizer.step import MasterWeights, make_optimizer, rule_of
 
@@ -83,7 +83,7 @@ def test_a_sharded_engine_joins_its_rows(model: Path, tmp_path: Path) -> None:
     weights = ShardedWeights(
         transformer, lambda parameters: make_optimizer(options.optimizer, parameters), 1.0, False, torch.device("cpu")
     )
-    sharded = ShardedEngine(transformer, weights, True, raise_error, torch.bfloat16)
+    sharded = ShardedEngine(transformer, weights, True, own_or_raise, torch.bfloat16)
     sharded.load(tmp_path)
     expected = engine.masters.state()
     found = {name: tensor.detach() for name, tensor in weights.tensors().items() if name.startswith("master/")}

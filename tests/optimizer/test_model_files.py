@@ -23,7 +23,7 @@ from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import ShardedEngine
-from cogvideox.optimizer.shard_files import raise_error
+from cogvideox.optimizer.shard_files import own_or_raise
 from cogvideox.optimizer.sharded_weights import ShardedWeights
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -52,7 +52,7 @@ def test_stock_diffusers_reads_sharded_weights_that_nobody_gathers(
             master.copy_(torch.randn(master.shape, generator=torch.Generator().manual_seed(number)))
     monkeypatch.setattr(transformer_files, "LARGEST_FILE", largest)
     monkeypatch.setattr(ShardedWeights, "gathered", None)
-    ShardedEngine(transformer, weights, True, raise_error, torch.bfloat16, ema).save_weights(method, tmp_path)
+    ShardedEngine(transformer, weights, True, own_or_raise, torch.bfloat16, ema).save_weights(method, tmp_path)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= files
     read = method.new_transformer(None, tmp_path)
     expected = ema.averages if ema else weights.named_masters()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvideox import tensor_files
+from cogvideox.errors import DiskError
 from cogvideox.optimizer import shard_files
-from cogvideox.optimizer.shard_files import Shard, read_shards, write_shards
+from cogvideox.optimizer.shard_files import Shard, raise_errors, read_shards, write_shards
+from cogvideox.tensor_files import content_of
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
@@ -50,22 +54,25 @@ def shares(tensors: dict[str, Tensor], world: int, by_rows: bool = True) -> list
     return found
 
 
-def write(path: Path, parts: list[dict[str, Shard]]) -> None:
-    """Writes a file from one thread for each process."""
-    barrier = threading.Barrier(len(parts), timeout=20)
-    found: list[OSError] = []
+def write(path: Path, parts: list[dict[str, Shard]]) -> str:
+    """Writes a file from one thread for each process, and returns its hash, which all have."""
+    barrier, lock = threading.Barrier(len(parts), timeout=20), threading.Lock()
+    gathered: list[dict[int, Any]] = [{} for _ in range(3)]
+    hashes: set[str] = set()
     errors: list[BaseException] = []
 
-    def raise_together(error: OSError | None) -> None:
-        if error is not None:
-            found.append(error)
-        barrier.wait()
-        if found:
-            raise found[0]
-
     def one(rank: int) -> None:
+        rounds = iter(gathered)
+
+        def gather_or_raise(outcome: Any) -> list[Any]:
+            found = next(rounds)
+            with lock:
+                found[rank] = outcome
+            barrier.wait()
+            return raise_errors([found[number] for number in range(len(parts))])
+
         try:
-            write_shards(path, parts[rank], rank == 0, raise_together)
+            hashes.add(write_shards(path, parts[rank], rank == 0, gather_or_raise))
         except BaseException as error:
             errors.append(error)
 
@@ -77,6 +84,8 @@ def write(path: Path, parts: list[dict[str, Shard]]) -> None:
     assert len(errors) in (0, len(parts))  # all processes end alike
     if errors:
         raise errors[0]
+    (found,) = hashes
+    return found
 
 
 def check_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -94,7 +103,8 @@ def test_the_file_has_the_content_of_one_that_safetensors_writes(
 ) -> None:
     tensors = tensors_of(dtype)
     save_file(tensors, tmp_path / "right.safetensors", {"format": "pt"})
-    write(tmp_path / "rows.safetensors", shares(tensors, world, by_rows))
+    found = write(tmp_path / "rows.safetensors", shares(tensors, world, by_rows))
+    assert found == hashlib.sha256((tmp_path / "rows.safetensors").read_bytes()).hexdigest()
     check_equal(load_file(tmp_path / "rows.safetensors"), load_file(tmp_path / "right.safetensors"))
     sizes = [(tmp_path / name).stat().st_size for name in ("rows.safetensors", "right.safetensors")]
     assert abs(sizes[0] - sizes[1]) < tensor_files.LENGTH_BYTES + 16  # the headers may order or pad entries differently
@@ -118,18 +128,44 @@ def test_a_tensor_larger_than_one_write_is_written_in_pieces(tmp_path: Path, mon
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_a_long_range_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "READ_BYTES", 10)
+    path = tmp_path / "rows.safetensors"
+    assert write(path, shares(tensors_of(torch.float32), 2)) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def failing_disk(monkeypatch: pytest.MonkeyPatch, shard: Shard, fails: Callable[..., None]) -> None:
+    """Replaces the write of a shard, which has other values than all other shards."""
+    mine, write_at = bytes(content_of(shard.local)), shard_files.write_at
+
+    def write(handle: int, content: memoryview, offset: int) -> None:
+        (fails if content == mine else write_at)(handle, content, offset)
+
+    monkeypatch.setattr(shard_files, "write_at", write)
+
+
 @pytest.mark.parametrize("failing", [0, 2])
 def test_every_process_raises_the_error_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     parts = shares(tensors_of(torch.float32), 3)
-    mine, pwrite = parts[failing]["master/matrix"].local.data_ptr(), shard_files.write_at
-
-    def full(handle: int, tensor: Tensor, offset: int) -> None:
-        if tensor.data_ptr() == mine:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        pwrite(handle, tensor, offset)
-
-    monkeypatch.setattr(shard_files, "write_at", full)
+    failing_disk(monkeypatch, parts[failing]["master/matrix"], full)
     with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "rows.safetensors", parts)
+
+
+@pytest.mark.parametrize("losing", [0, 2])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("kept", [0, 5], ids=["all", "the end"])
+@pytest.mark.fault("disk: it loses what one of several ranks has written")
+def test_every_process_raises_if_a_write_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losing: int, by_rows: bool, kept: int
+) -> None:
+    parts = shares(tensors_of(torch.float32), 3, by_rows)
+    part = parts[losing]["master/matrix"]
+    failing_disk(monkeypatch, part, lambda handle, content, offset: os.pwrite(handle, content[:kept], offset))
+    with pytest.raises(DiskError, match=r"rows.safetensors: is not what was written; is the disk full"):
         write(tmp_path / "rows.safetensors", parts)
 
 

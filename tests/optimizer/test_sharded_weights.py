@@ -23,7 +23,7 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, ShardedEngine
-from cogvideox.optimizer.shard_files import raise_error
+from cogvideox.optimizer.shard_files import own_or_raise
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, gathered_modules, is_sharded
 from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights, RankNumbers
 
@@ -133,7 +133,7 @@ def test_the_numbers_of_all_ranks_are_combined_with_the_loss(tmp_path: Path) -> 
 @pytest.mark.parametrize(("size", "names"), [(65503.0, []), (65520.0, ["weight/0.weight"]), (torch.inf, None)])
 def test_masters_that_are_too_large_for_fp16_are_found(size: float, names: list[str] | None) -> None:
     model = sharded(torch.float16)
-    engine = ShardedEngine(model, shards(model, scaled=True), True, raise_error, torch.float16)
+    engine = ShardedEngine(model, shards(model, scaled=True), True, own_or_raise, torch.float16)
     engine.masters.named_masters()["0.weight"].detach()[2, 1] = size
     assert engine.not_finite() == (["master/0.weight", "weight/0.weight"] if names is None else names)
 
@@ -197,7 +197,7 @@ def sharded_engine() -> ShardedEngine:
     model = sharded()
     weights = shards(model)
     ema = Ema(weights.parameters, weights.named_masters(), 0.5)
-    return ShardedEngine(model, weights, True, raise_error, torch.float32, ema)
+    return ShardedEngine(model, weights, True, own_or_raise, torch.float32, ema)
 
 
 def advance(engine: LocalEngine | ShardedEngine, first: int, last: int) -> list[float]:

@@ -53,7 +53,8 @@ def slowly(work: Callable[..., Any], bytes_of: Callable[..., int], folder: Path)
 
 def use_slow_disk(folder: Path) -> None:
     """Makes this process write and read slowly."""
-    shard_files.write_at = slowly(shard_files.write_at, lambda _, tensor, __: tensor.nbytes, folder)
+    shard_files.write_at = slowly(shard_files.write_at, lambda _, content, __: len(content), folder)
+    shard_files.hash_if_written = slowly(shard_files.hash_if_written, lambda path, _: path.stat().st_size, folder)
     tensor_files.write_hashed = slowly(tensor_files.write_hashed, lambda _, content, __: len(content), folder)
     hashlib.file_digest = slowly(hashlib.file_digest, lambda file, _: os.fstat(file.fileno()).st_size, folder)
 
@@ -74,7 +75,7 @@ if __name__ == "__main__":
     fully_shard(model, mesh=init_device_mesh("cpu", (run.world,)))
     make = partial(make_optimizer, OptimizerFlags(optimizer="adamw"))
     weights = ShardedWeights(model, make, 0.0, False, CPU)
-    engine = ShardedEngine(model, weights, run.is_main, run.raise_together, torch.float32)
+    engine = ShardedEngine(model, weights, run.is_main, run.gather_or_raise, torch.float32)
     nothing: Any = SimpleNamespace(save=lambda folder, write: None)
     saver = Saver(run, engine, nothing, {"seed": 1}, every=2, limit=None)
     start = time.monotonic()

@@ -18,6 +18,7 @@ from cogvideox.config import args
 from cogvideox.config.options import LoraOptions
 from cogvideox.data.cache import TensorCache
 from cogvideox.finite import not_finite
+from cogvideox.optimizer.engine import Hashes
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.ranks import Ranks
 from cogvideox.runtime.run import Run
@@ -49,14 +50,16 @@ class FakeEngine:
     def __init__(self) -> None:
         self.weight = torch.arange(8.0)
 
-    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> Hashes:
         write(folder / "optimizer.safetensors", pieces_of({"weight": self.weight}), {})
+        return {}
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def save_weights(self, method: Any, folder: Path, write: WriteTensors = write_tensors) -> None:
+    def save_weights(self, method: Any, folder: Path, write: WriteTensors = write_tensors) -> Hashes:
         method.save(folder, write)
+        return {}
 
     def not_finite(self) -> list[str]:
         return not_finite({"weight": self.weight})

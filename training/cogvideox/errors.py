@@ -63,6 +63,10 @@ class UsageError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+# The fix where a disk has reported no error, but has lost what was written.
+DISK_LOSES = "is the disk full, or does it fail? find out and run the same command again"
+
+
 class DiskError(UsageError):
     """Reports in one line a disk that is full, fails or refuses to be written."""
 

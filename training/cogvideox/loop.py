@@ -269,7 +269,14 @@ class Trainer:
         on_host = plan.state == HOST if isinstance(plan, ExecutionPlan) else options.optimizer.use_cpu_offload_optimizer
         self.plan = plan
         self.engine = make_engine(
-            run.accelerator, method.transformer, method, options, run.dtype, on_host, trained_blocks, run.raise_together
+            run.accelerator,
+            method.transformer,
+            method,
+            options,
+            run.dtype,
+            on_host,
+            trained_blocks,
+            run.gather_or_raise,
         )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -163,13 +164,17 @@ def write_tensors(
 
 
 def write_hashed(file: BinaryIO, content: memoryview, digest: "hashlib._Hash") -> None:
-    """Writes to a file and adds the content to a hash at the same time, because both are slow and neither holds Python.
+    """Writes to a file and adds the content to a hash. Reading the file again for its hash would take as long."""
+    with hashed_meanwhile(digest, content):
+        file.write(content)
 
-    Reading the file again for its hash would take as long as the hash alone.
-    """
+
+@contextmanager
+def hashed_meanwhile(digest: "hashlib._Hash", content: memoryview) -> Iterator[None]:
+    """Adds content to a hash at the same time as the context writes or hashes it; neither holds Python."""
     hashing = threading.Thread(target=digest.update, args=(content,))
     hashing.start()
     try:
-        file.write(content)
+        yield
     finally:
         hashing.join()

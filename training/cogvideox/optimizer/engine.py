@@ -24,7 +24,7 @@ from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.optimizer.adam import LOW, MASTER, WEIGHT, join
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.model_files import write_model
-from cogvideox.optimizer.shard_files import RaiseTogether, Shard, raise_error, read_shards, write_shards
+from cogvideox.optimizer.shard_files import GatherOrRaise, Shard, own_or_raise, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
 from cogvideox.optimizer.step import UNMEASURED, MasterWeights, RankNumbers, StepResult, rule_of
 from cogvideox.optimizer.zero_weights import ZeroWeights
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
+Hashes = dict[Path, str]  # the SHA-256 of files, in hex
 
 
 class Engine(Protocol):
@@ -42,9 +43,9 @@ class Engine(Protocol):
     ``backward`` adds the gradients of one micro-batch, ``step`` ends the optimizer step with a learning rate, and
     ``rehearse`` allocates what a step needs without any other effect. ``save`` and ``load`` write and read the engine's
     part of a checkpoint folder, on all ranks, and ``save_weights`` writes the weights that users load. ``write`` writes
-    the files of which one rank has all tensors. In the context of ``averaged`` the model has the weights for validation
-    and export. ``not_finite`` returns the names of the tensors of this rank that ``save`` would write and that contain
-    NaN or infinity.
+    the files of which one rank has all tensors. Both return the hashes of the files that the ranks write together. In
+    the context of ``averaged`` the model has the weights for validation and export. ``not_finite`` returns the names of
+    the tensors of this rank that ``save`` would write and that contain NaN or infinity.
 
     Attributes:
         reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
@@ -66,9 +67,9 @@ class Engine(Protocol):
 
     def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult: ...
 
-    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None: ...
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> Hashes: ...
 
-    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None: ...
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> Hashes: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -134,11 +135,12 @@ class MasterEngine(Generic[Masters]):
             yield
             self.masters.wait()
 
-    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None:
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> Hashes:
         """Writes the weights, or their average, as ``method`` does, on all ranks."""
         with self.averaged():
             if self.writes:
                 method.save(folder, write)
+        return {}
 
     def not_finite(self) -> list[str]:
         """Returns the names of weights, masters, moments and averages that are not finite, if this rank saves them."""
@@ -177,13 +179,14 @@ class LocalEngine(MasterEngine[MasterWeights]):
         """Returns the masters and the optimizer's state by name; what must be computed exists one after another."""
         return ReadPieces(self.masters.pieces())
 
-    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> Hashes:
         """Writes masters, optimizer state and average to the folder, from one rank."""
         if self.writes:
             pieces = self.masters.pieces()
             write(folder / STATE_NAME, lower_bits(pieces) if self.refers else pieces, {})
         if self.writes and self.ema:
             write(folder / EMA_NAME, pieces_of(self.ema.tensors()), {})
+        return {}
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote."""
@@ -230,7 +233,7 @@ class ShardedEngine(MasterEngine[Sharded]):
         model: The module with which the loss is computed.
         masters: Steps this rank's shards of the weights.
         is_main: Whether this rank creates the files.
-        raise_together: Waits for the other ranks while files are written; see ``write_shards``.
+        gather_or_raise: Waits for the other ranks while files are written; see ``write_shards``.
         dtype: The compute type. Masters that are too large for it are not saved.
         ema: The average of this rank's shards.
     """
@@ -243,12 +246,12 @@ class ShardedEngine(MasterEngine[Sharded]):
         model: Module,
         masters: Sharded,
         is_main: bool,
-        raise_together: RaiseTogether,
+        gather_or_raise: GatherOrRaise,
         dtype: torch.dtype,
         ema: Ema | None = None,
     ) -> None:
         super().__init__(model, masters, writes=True, ema=ema)
-        self.is_main, self.raise_together, self.dtype = is_main, raise_together, dtype
+        self.is_main, self.gather_or_raise, self.dtype = is_main, gather_or_raise, dtype
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -264,27 +267,26 @@ class ShardedEngine(MasterEngine[Sharded]):
         weights = {f"weight/{name}": shard.detach() for name, shard in self.masters.parameters.items()}
         return found + not_finite(weights, self.dtype)
 
-    def save(self, folder: Path, _write: WriteTensors = write_tensors) -> None:
+    def save(self, folder: Path, _write: WriteTensors = write_tensors) -> Hashes:
         """Writes masters, optimizer state and average to the folder, each rank its shards."""
-        self._write(folder / STATE_NAME, self.masters.tensors())
-        if self.ema:
-            self._write(folder / EMA_NAME, self.ema.tensors())
+        hashes = self._write(folder / STATE_NAME, self.masters.tensors())
+        return hashes | self._write(folder / EMA_NAME, self.ema.tensors()) if self.ema else hashes
 
-    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None:
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> Hashes:
         """Writes the weights, or their average, on all ranks. No rank gathers them, except those of a LoRA."""
         if not isinstance(method, FullFinetune):
             with self.averaged():
                 if self.is_main:
                     method.save(folder, write)
-            return
+            return {}
         values = self.ema.averages if self.ema else self.masters.named_masters()
         shards = self.masters.shards({f"weight/{name}": tensor.detach() for name, tensor in values.items()})
         weights = {name.removeprefix("weight/"): shard for name, shard in shards.items()}
         target = folder / method.result
-        write_model(method.transformer, weights, self.dtype, target, self.is_main, self.raise_together)
+        return write_model(method.transformer, weights, self.dtype, target, self.is_main, self.gather_or_raise)
 
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_shards(path, self.masters.shards(tensors), self.is_main, self.raise_together)
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> Hashes:
+        return {path: write_shards(path, self.masters.shards(tensors), self.is_main, self.gather_or_raise)}
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote, or what LocalEngine wrote."""
@@ -338,7 +340,7 @@ def make_engine(
     dtype: torch.dtype,
     state_on_host: bool = False,
     trained_blocks: TrainedBlocks | None = None,
-    raise_together: RaiseTogether = raise_error,
+    gather_or_raise: GatherOrRaise = own_or_raise,
 ) -> Engine:
     """Returns the engine that accelerate's configuration and the placement of the weights ask for.
 
@@ -350,7 +352,7 @@ def make_engine(
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
         trained_blocks: The blocks of which all weights are trained, if a plan places them.
-        raise_together: Waits for the other ranks while files are written; see ``write_shards``.
+        gather_or_raise: Waits for the other ranks while files are written; see ``write_shards``.
 
     Raises:
         UsageError: This engine or optimizer cannot store its state in host memory.
@@ -364,11 +366,11 @@ def make_engine(
     if deepspeed:
         zero = ZeroWeights(accelerator, transformer, parameters, options)
         ema = Ema(zero.parameters, zero.named_masters(), loss.ema_decay) if loss.use_ema else None
-        return DeepSpeedEngine(zero.engine, zero, accelerator.is_main_process, raise_together, dtype, ema)
+        return DeepSpeedEngine(zero.engine, zero, accelerator.is_main_process, gather_or_raise, dtype, ema)
     if is_sharded(transformer):
         sharded = ShardedWeights(transformer, make, options.train.max_grad_norm, scaled, accelerator.device)
         ema = Ema(sharded.parameters, sharded.named_masters(), loss.ema_decay) if loss.use_ema else None
-        return ShardedEngine(transformer, sharded, accelerator.is_main_process, raise_together, dtype, ema)
+        return ShardedEngine(transformer, sharded, accelerator.is_main_process, gather_or_raise, dtype, ema)
     passes, norm = options.train.gradient_accumulation_steps, options.train.max_grad_norm
     rule = rule_of(options.optimizer)
     masters = MasterWeights(parameters, rule, norm, scaled, state_on_host, trained_blocks, passes)

@@ -12,7 +12,7 @@ import torch
 
 from cogvideox.model.methods import empty_transformer
 from cogvideox.model.transformer_files import create_folder, file_names, groups_of
-from cogvideox.optimizer.shard_files import RaiseTogether, Shard, error_of, write_shards
+from cogvideox.optimizer.shard_files import GatherOrRaise, Shard, outcome_of, write_shards
 
 
 def write_model(
@@ -21,8 +21,8 @@ def write_model(
     dtype: torch.dtype,
     folder: Path,
     is_main: bool,
-    raise_together: RaiseTogether,
-) -> None:
+    gather_or_raise: GatherOrRaise,
+) -> dict[Path, str]:
     """Writes a transformer together with all other processes.
 
     Args:
@@ -31,10 +31,14 @@ def write_model(
         dtype: The type in which they are written.
         folder: The folder, which does not exist yet.
         is_main: Whether this process creates the files.
-        raise_together: As for ``write_shards``.
+        gather_or_raise: As for ``write_shards``.
+
+    Returns:
+        The SHA-256 of each file with weights, in hex.
 
     Raises:
         OSError: The disk of a process is full or fails. Each process raises it.
+        DiskError: What can be read is not what was written. Each process raises it.
     """
     buffers = {name: Shard(tensor, tensor.shape, writes=is_main) for name, tensor in transformer.named_buffers()}
     sizes = {
@@ -42,8 +46,11 @@ def write_model(
         for name in empty_transformer(transformer).state_dict()
     }
     files = file_names(list(groups_of(sizes)))
-    raise_together(error_of(partial(create_folder, transformer, folder, files, sizes)) if is_main else None)
+    gather_or_raise(outcome_of(partial(create_folder, transformer, folder, files, sizes)) if is_main else None)
+    hashes = {}
     for file, names in files.items():
         # One file after another, because the shards of all would be another copy of the weights in this type.
         own = {n: replace(weights[n], local=weights[n].local.to(dtype)) for n in names if n in weights}
-        write_shards(folder / file, own | {n: buffers[n] for n in names if n not in own}, is_main, raise_together)
+        shards = own | {n: buffers[n] for n in names if n not in own}
+        hashes[folder / file] = write_shards(folder / file, shards, is_main, gather_or_raise)
+    return hashes

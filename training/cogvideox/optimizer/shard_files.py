@@ -9,19 +9,22 @@ processes must see the same folder.
     written by   rank 0   rank 0                    rank 1           rank 0                   rank 1
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from cogvideox.tensor_files import content_of, header, size_of
+from cogvideox.errors import DISK_LOSES, DiskError
+from cogvideox.tensor_files import content_of, hashed_meanwhile, header, size_of
 
 LARGEST_WRITE = 2**30  # bytes; Linux writes at most 2 GiB at a time
+READ_BYTES = 2**24  # that are read at a time
 
 
 @dataclass(frozen=True)
@@ -51,74 +54,140 @@ class Shard:
         return self.first * self.local.element_size()
 
 
-RaiseTogether = Callable[[OSError | None], None]
+@dataclass(frozen=True)
+class Part:
+    """What one process has written of a file.
+
+    Attributes:
+        ranges: Offset and size of each range of bytes, in the order of the file.
+        sha256: The SHA-256 of these bytes, in hex.
+    """
+
+    ranges: list[tuple[int, int]]
+    sha256: str
 
 
-def raise_error(error: OSError | None) -> None:
-    """Raises an error if there is one, as ``write_shards`` needs it where no other process takes part."""
-    if error is not None:
-        raise error
+T = TypeVar("T")
+Outcome: TypeAlias = T | OSError | DiskError  # what some work returned, or the error of the disk that ended it
 
 
-def write_shards(path: Path, tensors: dict[str, Shard], is_main: bool, raise_together: RaiseTogether) -> None:
+class GatherOrRaise(Protocol):
+    """Returns the outcomes of all processes, in the order of ranks. If some are errors, each process raises one."""
+
+    def __call__(self, outcome: Outcome[T], /) -> list[T]: ...
+
+
+def raise_errors(outcomes: Sequence[Outcome[T]]) -> list[T]:
+    """Returns outcomes without an error; otherwise raises the first error."""
+    found = []
+    for outcome in outcomes:
+        if isinstance(outcome, (OSError, DiskError)):
+            raise outcome
+        found.append(outcome)
+    return found
+
+
+def own_or_raise(outcome: Outcome[T]) -> list[T]:
+    """Returns an outcome or raises its error, as ``write_shards`` needs it where no other process takes part."""
+    return raise_errors([outcome])
+
+
+def write_shards(path: Path, tensors: dict[str, Shard], is_main: bool, gather_or_raise: GatherOrRaise) -> str:
     """Writes a safetensors file together with all other processes, which must call this with the same names.
+
+    The main process reads the file and compares it with what each process has written, because the disk of another
+    machine may lose a part of it without an error.
 
     Args:
         path: The file.
         tensors: This process's shard of each tensor.
-        is_main: Whether this process creates the file and writes its header.
-        raise_together: Waits for the other processes, and raises the error of one of them, if any, in each of them.
+        is_main: Whether this process creates the file, writes its header, and reads it.
+        gather_or_raise: See GatherOrRaise.
+
+    Returns:
+        The SHA-256 of the file, in hex.
 
     Raises:
         OSError: The disk of a process is full or fails. Each process raises it, so that none waits for another.
+        DiskError: What can be read is not what was written. Each process raises it.
     """
     head, starts = header(tensors)
     # Nobody may write into a file that does not exist, or that is about to be truncated.
-    raise_together(error_of(partial(create, path, head, tensors)) if is_main else None)
-    raise_together(error_of(partial(fill, path, len(head), starts, tensors)))
+    created = outcome_of(partial(create, path, head, tensors)) if is_main else None
+    parts = [part for part in gather_or_raise(created) if part]
+    parts += gather_or_raise(outcome_of(partial(fill, path, len(head), starts, tensors)))
+    found = outcome_of(partial(hash_if_written, path, parts)) if is_main else ""
+    return "".join(gather_or_raise(found))
 
 
-def error_of(work: Callable[[], None]) -> OSError | None:
-    """Does some work, and returns the error of the disk that ended it, or None."""
+def outcome_of(work: Callable[[], T]) -> Outcome[T]:
+    """Does some work, and returns what it returns, or the error of the disk that ended it."""
     try:
-        work()
-    except OSError as error:
+        return work()
+    except (OSError, DiskError) as error:
         return error
-    return None
 
 
-def create(path: Path, head: bytes, tensors: dict[str, Shard]) -> None:
-    """Creates a file of its final size with what is in front of the data."""
+def create(path: Path, head: bytes, tensors: dict[str, Shard]) -> Part:
+    """Creates a file of its final size with what is in front of the data, and returns that."""
     with open(path, "wb") as file:
         file.write(head)
         file.truncate(len(head) + sum(size_of(shard) for shard in tensors.values()))
+    return Part([(0, len(head))], hashlib.sha256(head).hexdigest())
 
 
-def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Shard]) -> None:
-    """Writes this process's shards into a file that exists.
+def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Shard]) -> Part:
+    """Writes this process's shards into a file that exists, and returns what it has written.
 
     Args:
         path: The file.
         start: The offset of the data in the file.
-        starts: The offset of each tensor in the data.
+        starts: The offset of each tensor in the data, in the order of the file.
         tensors: The shards.
     """
+    ranges, digest = list[tuple[int, int]](), hashlib.sha256()
     handle = os.open(path, os.O_WRONLY)
     try:
-        for name, shard in tensors.items():
-            if shard.writes:
-                write_at(handle, shard.local, start + starts[name] + shard.offset)
+        for name in starts:
+            if tensors[name].writes:
+                content, offset = content_of(tensors[name].local), start + starts[name] + tensors[name].offset
+                ranges.append((offset, len(content)))
+                with hashed_meanwhile(digest, content):
+                    write_at(handle, content, offset)
         os.fsync(handle)
     finally:
         os.close(handle)
+    return Part(ranges, digest.hexdigest())
 
 
-def write_at(handle: int, tensor: Tensor, offset: int) -> None:
-    """Writes the bytes of a tensor at an offset of an open file."""
-    content = content_of(tensor)
+def write_at(handle: int, content: memoryview, offset: int) -> None:
+    """Writes bytes at an offset of an open file."""
     while content:
         written = os.pwrite(handle, content[:LARGEST_WRITE], offset)
         content, offset = content[written:], offset + written
+
+
+def hash_if_written(path: Path, parts: Sequence[Part]) -> str:
+    """Returns the SHA-256 of a file, in hex.
+
+    Args:
+        path: The file.
+        parts: What each process has written of it.
+
+    Raises:
+        DiskError: The file has something else.
+    """
+    whole, digests = hashlib.sha256(), [hashlib.sha256() for _ in parts]
+    ranges = [(place, digest) for digest, part in zip(digests, parts, strict=True) for place in part.ranges]
+    with open(path, "rb") as file:
+        for (_, left), digest in sorted(ranges, key=lambda item: item[0]):
+            while content := memoryview(file.read(min(left, READ_BYTES))):
+                left -= len(content)
+                with hashed_meanwhile(whole, content):
+                    digest.update(content)
+    if any(digest.hexdigest() != part.sha256 for digest, part in zip(digests, parts, strict=True)):
+        raise DiskError(f"{path}: is not what was written", DISK_LOSES)
+    return whole.hexdigest()
 
 
 def read_shards(path: Path, tensors: dict[str, Shard]) -> Iterator[tuple[str, Tensor]]:

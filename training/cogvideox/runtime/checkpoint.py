@@ -22,7 +22,7 @@ from cogvideox.errors import DiskError, NonFiniteError
 from cogvideox.files import check_room, disk_errors_converted, removed_on_failure, size_text
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.methods import Method
-from cogvideox.optimizer.engine import Engine
+from cogvideox.optimizer.engine import Engine, Hashes
 from cogvideox.optimizer.zero_weights import num_elements
 from cogvideox.runtime.background import Reserve, Snapshot, Writing
 from cogvideox.runtime.checkpoint_files import (
@@ -127,13 +127,13 @@ class Saver:
         """Writes a checkpoint while training waits; in the background, a thread then verifies and publishes it."""
         started = time.monotonic()
         self._check_finite(step)
-        hashes: dict[Path, str] = {}
+        hashes: Hashes = {}
 
         def write(path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
             hashes[path] = write_tensors(path, pieces, metadata)
 
         with self._guarded(step):
-            self._make_files(step, write)
+            hashes |= self._make_files(step, write)
         publish = partial(self._publish, step, hashes)
         if self.in_background:
             waited = f"training waited {time.monotonic() - started:.1f} s while it was written"
@@ -169,18 +169,22 @@ class Saver:
     def _temporary(self, step: int) -> Path:
         return self.run.output_dir / f".{CHECKPOINT_PREFIX}{step}.tmp"
 
-    def _make_files(self, step: int, write: WriteTensors) -> None:
-        """Makes the temporary folder; ``write`` writes the files of the engine and the method, now or later."""
+    def _make_files(self, step: int, write: WriteTensors) -> Hashes:
+        """Makes the temporary folder; ``write`` writes the files of the engine and the method, now or later.
+
+        Returns:
+            The hashes of the files that the ranks have written together.
+        """
         folder = self._temporary(step)
         if self.run.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             check_room(self.run.output_dir, self.num_bytes or 0)
             folder.mkdir()
         self.run.barrier()
-        if not self.weights_only:
-            self.engine.save(folder, write)
-        self.engine.save_weights(self.method, folder, write)
+        hashes = {} if self.weights_only else self.engine.save(folder, write)
+        hashes |= self.engine.save_weights(self.method, folder, write)
         self.run.barrier()
+        return hashes
 
     def _publish(self, step: int, hashes: Mapping[Path, str]) -> None:
         """Gives the checkpoint its final name, on the main process, and removes those beyond the limit."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.data.cache import hash_of
-from cogvideox.errors import DiskError, first_line
+from cogvideox.errors import DISK_LOSES, DiskError, first_line
 from cogvideox.files import fsync, write_atomically
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
@@ -143,8 +143,7 @@ def seal(temporary: Path, target: Path, hashes: Mapping[Path, str]) -> None:
         fsync(path)
     problem = damage_of(temporary)
     if problem:
-        fix = "is the disk full, or does it fail? find out and run the same command again"
-        raise DiskError(f"{temporary}: was written, but {problem}", fix)
+        raise DiskError(f"{temporary}: was written, but {problem}", DISK_LOSES)
     if target.exists() and damage_of(target):
         keep_damaged(target)
     old = move_aside(target)

@@ -150,15 +150,13 @@ def seconds_to_write(run: "Run", num_bytes: int, shared: bool = False) -> float:
     start = time.monotonic()
     try:
         if shared:
-            write_shards(probe, {"probe": shard_of(run, size)}, run.is_main, run.raise_together)
+            write_shards(probe, {"probe": shard_of(run, size)}, run.is_main, run.gather_or_raise)
         elif run.is_main:
             write_tensors(probe, pieces_of({"probe": random_bytes(size)}))
             fsync(probe)
-        # The main process verifies each file. Before that, it reads files whose hash no process knows.
-        for _ in range(2 if shared else 1):
-            if run.is_main:
-                with open(probe, "rb") as file:
-                    hashlib.file_digest(file, "sha256")
+        if run.is_main:  # which verifies each file
+            with open(probe, "rb") as file:
+                hashlib.file_digest(file, "sha256")
     finally:
         if run.is_main:
             probe.unlink(missing_ok=True)

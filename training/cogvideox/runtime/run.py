@@ -37,6 +37,7 @@ from cogvideox.config.options import (
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import STALE, HeldError, Lock, take_later
+from cogvideox.optimizer.shard_files import Outcome, raise_errors
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
@@ -104,11 +105,9 @@ class Run:
         """Waits for the other ranks."""
         self.ranks.wait_for_everyone()
 
-    def raise_together(self, error: OSError | None) -> None:
-        """Waits for the other ranks. If ranks have errors, every rank raises the first of them."""
-        for found in self.ranks.gather([error]):
-            if found is not None:
-                raise found
+    def gather_or_raise(self, outcome: Outcome[T]) -> list[T]:
+        """Returns the outcomes of all ranks. If some are errors, every rank raises the first of them."""
+        return raise_errors(self.ranks.gather([outcome]))
 
     def from_main(self, value: T) -> T:
         """Returns the value of the main process on every rank."""
