@@ -60,6 +60,28 @@ def sizes_of(transformer: Any, passes: int) -> Sizes:
     )
 
 
+def engine_of(
+    patch: pytest.MonkeyPatch, made: Callable[..., Any], kinds: Kinds, state: str, passes: int
+) -> tuple[Any, Stack, MasterWeights]:
+    """Returns a tiny transformer, whose state passes in small ranges, the stack of its blocks, and its optimizer."""
+    patch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", RANGE)
+    transformer = made("5b", depth=BLOCKS).bfloat16()
+    stack = Stack(transformer, ExecutionPlan(mixture(kinds), False, "cpu", state), torch.device("cpu"))
+    stack.install()
+    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    adam = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
+    return transformer, stack, MasterWeights(parameters, adam, 0.1, False, state == HOST, stack.trained_blocks, passes)
+
+
+def make_step(transformer: Any, masters: MasterWeights, passes: int) -> None:
+    """Makes an optimizer step of several passes."""
+    given = arguments_of("5b").items()
+    arguments = {name: value.bfloat16() if name.endswith("states") else value for name, value in given}
+    for _ in range(passes):
+        masters.backward(transformer(**arguments)[0].float().square().mean() / passes)
+    masters.step(1e-3)
+
+
 def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> tuple[float, int]:
     """Runs the real code, in which a block takes ``seconds`` in forward and twice as many in backward.
 
@@ -67,22 +89,12 @@ def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, sec
         The seconds of a step, and the bytes of pinned host memory.
     """
     with pytest.MonkeyPatch.context() as patch, timed(patch, RATE) as clock:
-        patch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", RANGE)
-        transformer = made("5b", depth=BLOCKS).bfloat16()
-        stack = Stack(transformer, ExecutionPlan(mixture(kinds), False, "cpu", state), torch.device("cpu"))
-        stack.install()
+        transformer, stack, masters = engine_of(patch, made, kinds, state, passes)
         stack.forward_block = taking(seconds, clock, stack.forward_block)
         stack.backward_block = taking(2 * seconds, clock, stack.backward_block)
-        parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        adam = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
-        masters = MasterWeights(parameters, adam, 0.1, False, state == HOST, stack.trained_blocks, passes)
-        given = arguments_of("5b").items()
-        arguments = {name: value.bfloat16() if name.endswith("states") else value for name, value in given}
         ends = []
         for _ in range(2):
-            for _ in range(passes):
-                masters.backward(transformer(**arguments)[0].float().square().mean() / passes)
-            masters.step(1e-3)
+            make_step(transformer, masters, passes)
             ends.append(clock.compute.record())
         times = clock.times()
         return times[ends[1]] - times[ends[0]], clock.host_bytes
@@ -117,6 +129,17 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
     expected, expected_pinned = predicted(make_with_lora, kinds, state, 1, seconds)
     assert expected == pytest.approx(real, abs=tolerance)
     assert expected_pinned == pytest.approx(pinned, rel=0.02)
+
+
+@pytest.mark.parametrize("made", [make_with_lora, make_trainable])
+def test_slots_of_updates_take_what_the_costs_say(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While blocks compute there are more slots. Each slot holds the largest slice of any group, so it is larger."""
+    transformer, _, masters = engine_of(monkeypatch, made, {AWAY: BLOCKS}, HOST, 1)
+    make_step(transformer, masters, 1)
+    assert masters.transfers
+    found = sum(buffer.nbytes for slot in masters.transfers.slots for buffer in slot)
+    monkeypatch.setattr("cogvideox.planning.costs.RANGE_BYTES", RANGE)
+    assert found == pytest.approx(Costs({AWAY: BLOCKS}, HOST, False, sizes_of(transformer, 1)).transfer_slot_bytes, 0.2)
 
 
 @pytest.mark.parametrize(("passes", "seconds"), [(1, 0.001), (2, 0.2), (3, 2.0)])
