@@ -23,7 +23,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import CARDS
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import SCRIPTS, LoraOptions
-from cogvideox.data.cache import CachedSample, CacheIndex, hash_of
+from cogvideox.data.cache import CachedSample, CacheIndex, hash_of, open_index
 from cogvideox.errors import UsageError
 from cogvideox.model.methods import Lora
 from cogvideox.planning import dry_run
@@ -351,16 +351,18 @@ def test_checkpoints_by_the_clock_are_predicted(
 def test_a_resumed_run_is_predicted_from_its_checkpoint(
     wanted: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, times = tmp_path / "out", []
+    output, times, recipe = tmp_path / "out", [], {"data": open_index(index).fingerprint}
     flags = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--max_train_steps", "100"]
     flags += ["--checkpointing_steps", "20", "--checkpoints_total_limit", "2", "--compile_blocks", "no"]
     for steps in ((), (20, 40)):
         for step in steps:
             (output / f"checkpoint-{step}").mkdir(parents=True)
-            (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps({"step": step, "recipe": {}}))
+            (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps({"step": step, "recipe": recipe}))
         assert predict(published, index, output, *flags, *(wanted.split() if steps else [])) == 0
         text = capsys.readouterr().out
         assert ("steps: 100 of 1 sample; 40 are done, in checkpoint-40\n" in text) == bool(steps)
+        unchecked = "not checked: whether checkpoint-40 was made with these settings; "
+        assert (f"{unchecked}{published} has no transformer here\n" in text) == bool(steps)
         times.append(number(r"([\d.]+) (?:s|min) for ", text))
         assert f"{1 if steps else 3} checkpoints of" in text  # the oldest one is deleted when a new one is complete
     assert times[1] == pytest.approx(0.6 * times[0], rel=0.05)

@@ -128,6 +128,22 @@ def test_changed_data_are_named_clip_by_clip(model: Path, tensors: Path, again: 
     assert "was trained on other data: clips or captions differ; give" in refused(flags)
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_dry_run_compares_settings_and_data_with_the_checkpoint(
+    model: Path, tensors: Path, again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (*VALIDATED, "--max_train_steps", 8, "--dry_run", "--gpu", "h100")
+    flags = lora_flags(model, tensors, again, *more)
+    assert train(flags) == 0
+    text = capsys.readouterr().out
+    assert "steps: 8 of 2 samples; 6 are done, in checkpoint-6\n" in text
+    assert "not checked" not in text
+    assert "  --rank: 4 there, 8 now" in refused([*flags, "--rank", "8"])
+    fewer, name = prepared_without_last(tensors, tmp_path / "fewer")
+    assert f"1 clip removed ({name})" in refused(lora_flags(model, fewer, again, *more))
+    assert train(lora_flags(model, fewer, again, *more, "--allow_changed", "data")) == 0
+
+
 def test_allowed_other_data_are_used(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
     fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
     flags = lora_flags(model, fewer, again, "--load_tensors", "--max_train_steps", 7, "--allow_changed", "data")

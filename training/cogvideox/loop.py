@@ -15,7 +15,7 @@ written to metrics.jsonl when they arrive.
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cogvideox import stopping
-from cogvideox.config.flags import PLACES_OF_STATE
-from cogvideox.config.geometry import Geometry, read_geometry
+from cogvideox.config.geometry import read_geometry
 from cogvideox.config.hub import upload
 from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
 from cogvideox.data.cache import hash_of
@@ -73,6 +72,7 @@ from cogvideox.runtime.resume import (
     check_length,
     check_same_samples,
     find_start,
+    recipe_of,
     setting,
     write_samples,
 )
@@ -104,32 +104,6 @@ class Steps:
     def first(self) -> int:
         """Returns the number of steps that were finished before this process started."""
         return self.start.step
-
-
-def recipe_of(
-    run: Run, options: TrainOptions, geometry: Geometry, task_type: type[Task], method_type: type[Method]
-) -> dict[str, Any]:
-    """Returns the recipe of a run: every setting that decides the result, except the data.
-
-    The recipe contains only the global batch size, not how it is split over processes and micro-batches. A run can be
-    resumed only with an equal recipe.
-    """
-    optimizer = {name: value for name, value in asdict(options.optimizer).items() if name not in PLACES_OF_STATE}
-    return {
-        "task": task_type.__name__,
-        "method": method_type.__name__,
-        "transformer": models.weight_fingerprint(options.model, "transformer"),
-        "precision": run.precision,
-        "seed": options.data.seed,
-        "samples_per_step": samples_per_step(options, run.world),
-        "caption_dropout": options.loader.caption_dropout,
-        "max_grad_norm": options.train.max_grad_norm,
-        **asdict(geometry),
-        **asdict(options.loss),
-        **optimizer,
-        **task_type.recipe(options, geometry),
-        **method_type.recipe(options),
-    }
 
 
 def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[str, Any], start: StartPoint) -> Steps:
@@ -620,7 +594,7 @@ def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Me
         LostRankError: Another process of the run has ended.
     """
     if options.forecast.dry_run:
-        return dry_run(options, method_type)
+        return dry_run(options, task_type, method_type)
     folder = Path(options.train.output_dir)
     with what_is_safe(folder, partial(safe_text, folder)), lost_ranks_reported(partial(restart_hint, folder)):
         return run_stages(options, task_type, method_type)
@@ -636,7 +610,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     run = start_run(options)
     apply_vram_budget(run, options)
     geometry = read_geometry(options.model)
-    recipe = recipe_of(run, options, geometry, task_type, method_type)
+    recipe = recipe_of(options, geometry, task_type, method_type)
     start = find_start(run, recipe, options)
     settings = {setting(name): value for name, value in recipe.items()}
     run.ranks.check_agreement(

@@ -32,6 +32,7 @@ from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
     ignores_positions,
+    image_flags,
     launched_processes,
     noise_variants,
     precision_of,
@@ -46,6 +47,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import has_weights, ignore_learned_positions
+from cogvideox.model.tasks import Task
 from cogvideox.optimizer.step import warm_up_note
 from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
@@ -69,7 +71,14 @@ from cogvideox.preparation.tensors import check_index, check_suitable
 from cogvideox.runtime.checkpoint_files import checkpoints
 from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
 from cogvideox.runtime.ranks import alone
-from cogvideox.runtime.resume import StartPoint, check_length, expected_start
+from cogvideox.runtime.resume import (
+    StartPoint,
+    check_length,
+    check_recipe,
+    check_same_samples,
+    expected_start,
+    recipe_of,
+)
 from cogvideox.runtime.run import PRECISIONS
 
 STORED_BYTES = 2  # of an element of the cached tensors, in fp16 or bf16
@@ -84,13 +93,13 @@ class Samples:
     """Lists the training samples of a run, and the bytes of the tensors that it encodes first.
 
     Attributes:
-        unchecked: A line about what the run will check and the prediction could not; empty if there is nothing.
+        unchecked: Lines about what the run will check and the prediction could not.
     """
 
     ids: list[str]
     buckets: list[Bucket]
     encoded_bytes: int
-    unchecked: str = ""
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,18 +125,20 @@ class PlannedRun:
 Change = tuple[str, TrainOptions, list[Bucket]]
 
 
-def dry_run(options: TrainOptions, method: type[Method]) -> int:
+def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> int:
     """Prints what a run would need, from the main process only.
 
     Args:
         options: The flags of the script.
+        task: The class of the task, TextToVideo or ImageToVideo.
         method: The class of the method, Lora or FullFinetune.
 
     Returns:
         The exit status: 0, or 1 if the run does not fit.
 
     Raises:
-        UsageError: There is no GPU and none was named, the data cannot be used, or the run has passed its last step.
+        UsageError: There is no GPU and none was named, the data cannot be used, the run has passed its last step, or
+            its checkpoint was made with other settings or data.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -137,14 +148,37 @@ def dry_run(options: TrainOptions, method: type[Method]) -> int:
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     dtype = PRECISIONS[precision_of(options.train.mixed_precision)]
     run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled)
-    samples = read_samples(options, geometry)
+    start = expected_start(options.train)
+    unchecked = list(settings_unchecked(start, options, geometry, task, method))
+    samples = read_samples(options, geometry, start)
     order = Order(samples.ids, samples.buckets, samples_per_step(options, run.world), options.data.seed)
     steps = order.total_steps(options.train.max_train_steps, options.train.num_train_epochs)
-    start = expected_start(options.train)
     check_length(start, steps, Path(options.train.output_dir))
     lines, fits = report(replace(run, steps=steps, start=start), options, samples)
-    print("\n".join(lines))
+    print("\n".join([*lines, *unchecked, *samples.unchecked]))
     return 0 if fits else 1
+
+
+def settings_unchecked(
+    start: StartPoint, options: TrainOptions, geometry: Geometry, task: type[Task], method: type[Method]
+) -> Iterator[str]:
+    """Checks that a checkpoint was made with the settings of a run; yields a line if that needs weights not here.
+
+    Raises:
+        UsageError: It was made with others.
+    """
+    if start.folder is None:
+        return
+    if has_weights(options.model, "transformer"):
+        check_recipe(start, recipe_of(options, geometry, task, method), options)
+    else:
+        yield unchecked_line(f"{start.folder.name} was made with these settings", options, ["transformer"])
+
+
+def unchecked_line(what: str, options: TrainOptions, parts: list[str]) -> str:
+    """Returns a line about a check of the run for which the weights of parts of the model are missing."""
+    name = options.model.pretrained_model_name_or_path
+    return f"not checked: whether {what}; {name} has no {' and '.join(parts)} here"
 
 
 def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[list[str], bool]:
@@ -155,8 +189,8 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     lines = [f"data: {counts}", f"steps: {run.steps} of {plural(number, 'sample')}"]
     if run.start.folder is not None:
         lines[-1] += f"; {run.start.step} are done, in {run.start.folder.name}"
-    notes = samples.unchecked, warm_up_note(options.optimizer, run.steps, number)
-    lines += [note for note in notes if note]
+    if line := warm_up_note(options.optimizer, run.steps, number):
+        lines.append(line)
     transformer = empty_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
         disk, enough = disk_line(options, samples, run, transformer)
@@ -189,11 +223,12 @@ def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[s
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
-def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
+def read_samples(options: TrainOptions, geometry: Geometry, start: StartPoint) -> Samples:
     """Returns the training samples: those of a prepared folder, or those that the headers of the clips promise.
 
     Raises:
-        UsageError: The folder has no index, or does not suit the flags or the model; or too many clips are unusable.
+        UsageError: The folder has no index, or does not suit the flags, the model or the checkpoint; or too many clips
+            are unusable.
     """
     root = Path(options.data.data_root[0])
     if options.loader.load_tensors:
@@ -202,9 +237,12 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
             rule = "a folder of the CogVideoX factory has no index until a run has converted it"
             raise UsageError(f"--dry_run: {rule}; start the run once, or give the clips without --load_tensors")
         index = open_index(folder)
-        # The tensors of the factory are converted again for another model, because they do not name theirs.
-        unchecked = "" if folder != root else encoders_unchecked(index, geometry, options)
+        # A run converts a folder of the factory again, so this index may not be the one that it trains on.
+        unchecked = tuple(encoders_unchecked(index, geometry, options)) if folder == root else ()
         check_suitable(index, geometry, options)
+        if folder == root:
+            used = index if image_flags(options) is not None else index.without_images()
+            check_same_samples(start, used, options)
         return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0, unchecked)
     folder, variants = Path(str(options.loader.tensor_cache)), noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, alone(), variants)
@@ -222,19 +260,18 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
     return Samples(ids, [cut.bucket for _, cut in cuts], numbers * STORED_BYTES)
 
 
-def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> str:
-    """Checks that a prepared folder was made with the model's encoders; returns a line if their weights are not here.
+def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> Iterator[str]:
+    """Checks that a prepared folder was made with the model's encoders; yields a line if their weights are not here.
 
     Raises:
         UsageError: The folder was made with others.
     """
     absent = [part for part in ("vae", "text_encoder") if not has_weights(options.model, part)]
     if absent:
-        name = options.model.pretrained_model_name_or_path
-        return f"not checked: whether this model encoded the tensors; {name} has no {' and '.join(absent)} here"
-    encoders = Encoders.of(options.model, options.encode, geometry, torch.device("cpu"))
-    check_index(index, encoders, Path(options.data.data_root[0]))
-    return ""
+        yield unchecked_line("this model encoded the tensors", options, absent)
+    else:
+        encoders = Encoders.of(options.model, options.encode, geometry, torch.device("cpu"))
+        check_index(index, encoders, Path(options.data.data_root[0]))
 
 
 def disk_line(

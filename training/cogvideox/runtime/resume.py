@@ -1,24 +1,35 @@
 """Finds the checkpoint from which a run continues, and compares its settings and its data with those of the run.
 
-``find_start`` compares the settings before a model is loaded, and ``check_same_samples`` compares the data when they
-are known. ``StartPoint.load`` loads the checkpoint.
+``recipe_of`` lists the settings. ``find_start`` compares them before a model is loaded, and ``check_same_samples``
+compares the data when they are known. ``StartPoint.load`` loads the checkpoint.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.options import SCRIPTS, LoraOptions, TrainOptions, fields_of
+from cogvideox.config.options import (
+    SCRIPTS,
+    LoraOptions,
+    TrainOptions,
+    fields_of,
+    launched_processes,
+    precision_of,
+    samples_per_step,
+)
 from cogvideox.data.cache import CacheIndex
 from cogvideox.errors import UsageError, plural
 from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
+from cogvideox.model.models import weight_fingerprint
+from cogvideox.model.tasks import Task
 from cogvideox.optimizer.engine import STATE_NAME, Engine
 from cogvideox.runtime.checkpoint_files import (
     CHECKPOINT_PREFIX,
@@ -30,7 +41,6 @@ from cogvideox.runtime.checkpoint_files import (
     file_hash,
     keep_damaged,
     read_checkpoint_json,
-    step_of,
 )
 from cogvideox.runtime.run import METRICS_NAME, Run
 
@@ -102,6 +112,32 @@ def keep_all_damaged(output_dir: Path) -> None:
         keep_damaged(folder)
 
 
+def recipe_of(
+    options: TrainOptions, geometry: Geometry, task_type: type[Task], method_type: type[Method]
+) -> dict[str, Any]:
+    """Returns the recipe of a run: every setting that decides the result, except the data.
+
+    The recipe contains only the global batch size, not how it is split over processes and micro-batches. A run can be
+    resumed only with an equal recipe.
+    """
+    optimizer = {name: value for name, value in asdict(options.optimizer).items() if name not in PLACES_OF_STATE}
+    return {
+        "task": task_type.__name__,
+        "method": method_type.__name__,
+        "transformer": weight_fingerprint(options.model, "transformer"),
+        "precision": precision_of(options.train.mixed_precision),
+        "seed": options.data.seed,
+        "samples_per_step": samples_per_step(options, launched_processes()),
+        "caption_dropout": options.loader.caption_dropout,
+        "max_grad_norm": options.train.max_grad_norm,
+        **asdict(geometry),
+        **asdict(options.loss),
+        **optimizer,
+        **task_type.recipe(options, geometry),
+        **method_type.recipe(options),
+    }
+
+
 def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
     """Finds the newest complete checkpoint, or the requested one, and compares its recipe with this run's.
 
@@ -166,20 +202,21 @@ def requested_folder(wanted: str, output_dir: Path) -> Path:
 
 
 def expected_start(train: TrainFlags) -> StartPoint:
-    """Returns where a run will start if its checkpoint is intact, for a prediction. It has no recipe.
+    """Returns where a run will start if its checkpoint is intact, for a prediction.
 
     Raises:
         UsageError: The requested checkpoint does not exist.
     """
     output_dir, wanted = Path(train.output_dir), train.resume_from_checkpoint
-    if wanted in (None, "latest"):
-        newest = next(iter(checkpoints(output_dir)), None)
-        return StartPoint() if newest is None else StartPoint(newest, step_of(newest))
-    folder = requested_folder(str(wanted), output_dir)
-    try:
-        return StartPoint(folder, int(read_checkpoint_json(folder / PROGRESS_NAME)["step"]))
-    except (ValueError, LookupError, TypeError):
-        raise UsageError(f"--resume_from_checkpoint {wanted}: {folder} has no {PROGRESS_NAME}; give another") from None
+    newest = wanted in (None, "latest")
+    folders = checkpoints(output_dir) if newest else [requested_folder(str(wanted), output_dir)]
+    for folder in folders:
+        with suppress(ValueError, LookupError, TypeError):
+            progress = read_checkpoint_json(folder / PROGRESS_NAME)
+            return StartPoint(folder, int(progress["step"]), dict(progress["recipe"]))
+    if newest:
+        return StartPoint()
+    raise UsageError(f"--resume_from_checkpoint {wanted}: {folders[0]} has no {PROGRESS_NAME}; give another")
 
 
 # -- settings that a resumed run shares with the interrupted one -------------------------------------------------------
