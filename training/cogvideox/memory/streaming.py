@@ -56,7 +56,7 @@ UPDATES_AHEAD = 3
 STAGES = 3  # slots of a TransferPipeline: one is filled, one is worked on, and one is emptied
 # The same while blocks compute. A kernel of cuDNN's attention takes the whole device for up to 9 ms. Until it ends, no
 # slot is worked on, and further slots are filled.
-TRANSFER_SLOTS = 6
+TRANSFER_SLOTS = 8
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ WORKSPACE_UNITS = {
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
+# By compiled: the units that a block's forward pass needs in addition to what it saves, by ``forward_mib`` there.
+FORWARD_UNITS = {True: 5.0, False: 22.0}
 ENDS_UNITS = 1.8  # tensors before the first and after the last block
 EXCHANGED_UNITS = 7.0  # counted, not measured: what attention's backward pass has of all tokens of some heads
 # By compiled and level: the units that backward needs in addition if all weights are trained, without their gradients.
@@ -126,7 +128,7 @@ class Costs:
 
     @cached_property
     def peak_bytes(self) -> Numbers:
-        """Returns the peak of device memory: at the start of backward or in the optimizer step."""
+        """Returns the peak of device memory: at the start of backward, or in forward, while updates pass."""
         if self.sizes.deepspeed:
             return self.zero2_peak_bytes
         if self.sizes.shards > 1:
@@ -137,7 +139,7 @@ class Costs:
         stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + self.state_at(DEVICE)
         dequantized = round(sizes.matrix_bytes * DEQUANTIZED_SHARE[self.compiled])
         backward = self.activation_bytes + self.gradient_bytes + dequantized
-        return stored + largest(backward, self.transfer_slot_bytes, self.complete_sample_bytes)
+        return stored + largest(backward, self.forward_bytes, self.complete_sample_bytes)
 
     @property
     def complete_sample_bytes(self) -> int:
@@ -154,6 +156,12 @@ class Costs:
         work = largest(*((n > 0) * units[kind.keep] for kind, n in self.kinds.items()))
         exchanged = EXCHANGED_UNITS * (self.sizes.sequence_parallel > 1)
         return self.saved_bytes + np.rint((work + exchanged + self.ends_units) * self.sizes.unit_bytes).astype(int)
+
+    @cached_property
+    def forward_bytes(self) -> Numbers:
+        """Returns the device bytes of saved activations, of what forward computes, and of updates that pass."""
+        units = FORWARD_UNITS[self.compiled] + self.ends_units
+        return self.saved_bytes + self.transfer_slot_bytes + np.rint(units * self.sizes.unit_bytes).astype(int)
 
     @cached_property
     def saved_bytes(self) -> Numbers:
