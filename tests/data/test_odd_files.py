@@ -137,7 +137,9 @@ def test_the_page_in_docs_is_up_to_date(read: Read, tmp_path: Path, capsys: pyte
     now = table(tmp_path, lambda case, _: read(case))
     with capsys.disabled():
         print(f"\n{now}\n{TABLE}")
-    assert TABLE.read_text(encoding="utf-8") == now, "run: python tests/tools/odd_files.py --write"
+    position = re.compile(r"\b\d{4}\b")  # a position in a file depends on the version of FFmpeg that wrote the file
+    page = TABLE.read_text(encoding="utf-8")
+    assert position.sub("N", page) == position.sub("N", now), "run: python tests/tools/odd_files.py --write"
 
 
 def test_real_time_scheduling_of_an_encoder_is_undone() -> None:

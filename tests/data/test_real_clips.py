@@ -6,6 +6,7 @@ Also the synthetic clips of conftest.py, which are written by the same encoder.
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def shape(path: Path) -> tuple[int, int, int, int]:
     """Returns width, height, frames per second, and the number of frames, which is counted by decoding."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        return stream.width, stream.height, int(stream.average_rate), sum(1 for _ in container.decode(stream))
+        return stream.width, stream.height, int(Fraction(stream.average_rate)), sum(1 for _ in container.decode(stream))
 
 
 def largest_jump(frames: list[np.ndarray]) -> float:

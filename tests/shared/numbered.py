@@ -19,6 +19,8 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
+from cogvideox.data.media.container.packets import ANY_METADATA
+
 HEIGHT, WIDTH, RATE, COUNT = 64, 96, 24, 36  # pixels, frames per second, frames
 MARKS = ((255, 255, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0))  # colors of the top row of an upright picture
 
@@ -192,7 +194,7 @@ def sequential(
         (timestamp, upright uint8 RGB) of each frame, in the order in which they are decoded.
     """
     pairs: list[tuple[int | None, np.ndarray]] = []
-    with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+    with av.open(os.path.abspath(path), **ANY_METADATA) as container:
         video = container.streams.video[stream]
         video.codec_context.thread_count = 1
         for packet in itertools.islice(container.demux(video), start, None):
@@ -220,7 +222,7 @@ def composited(frame: av.VideoFrame) -> av.VideoFrame:
 
 def shown(source: Path | io.BytesIO, stream: int = 0) -> list[int]:
     """Returns the sorted timestamps of the frames that are shown, from the first keyframe on, as packets have them."""
-    with av.open(source, "r", metadata_errors="ignore") as container:
+    with av.open(source, "r", **ANY_METADATA) as container:
         packets = [(packet.pts, packet) for packet in container.demux(video=stream) if packet.size]
     timed = [(pts, packet) for pts, packet in packets if pts is not None]
     first = min((pts for pts, packet in timed if packet.is_keyframe), default=0)
@@ -229,7 +231,7 @@ def shown(source: Path | io.BytesIO, stream: int = 0) -> list[int]:
 
 def keyframes(path: Path, stream: int = 0) -> list[int]:
     """Returns the positions of the keyframes among the packets."""
-    with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+    with av.open(os.path.abspath(path), **ANY_METADATA) as container:
         packets = enumerate(container.demux(video=stream))
         return [position for position, packet in packets if packet.size and packet.is_keyframe]
 

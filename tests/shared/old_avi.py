@@ -49,7 +49,9 @@ def packed(container: str = "avi", *, repeats: str = "n-vop") -> bytes:
     if repeats == "none":
         parts = [part for part in parts if part]
     fill = {place: part or n_vop(place) for place, part in enumerate(parts) if part or repeats == "n-vop"}
-    return re.sub(rb"Lavc\d\d\.\d\d\.\d\d\d", b"DivX503b1393p", _file(container, coded, fill))
+    # Decoders recognize packed B-frames by the "p" at the end of this mark, whose length must stay as it was.
+    mark = re.compile(rb"Lavc\d+\.\d+\.\d+")
+    return mark.sub(lambda match: b"DivX503b1393"[: len(match[0]) - 1] + b"p", _file(container, coded, fill))
 
 
 def n_vop(place: int) -> bytes:

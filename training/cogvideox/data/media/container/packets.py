@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -44,6 +44,10 @@ _COUNT_FROM_START = ("avi", "gif")
 _STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Containers also store thumbnails of clips and covers of audio files as video streams.
 _COVER_FLAGS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+# Arguments of av.open to read files whose metadata are not UTF-8. From version 19 on, PyAV always does so.
+ANY_METADATA: dict[str, Any] = (
+    {"metadata_errors": "surrogateescape"} if hasattr(InputContainer, "metadata_errors") else {}
+)
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def open_video(
     name = os.path.abspath(path)
     with (
         errors_naming(path, av.FFmpegError, EOFError),
-        av.open(name, options=options, metadata_errors="replace") as file,
+        av.open(name, options=options, **ANY_METADATA) as file,
     ):
         video = _default_stream(file) if stream is None else _stream_at(file, stream)
         yield file, _check_decodable(file, video)
@@ -246,7 +250,7 @@ class _PacketLog:
         if is_key:
             self._latest_before_keyframe = self._latest
         if self._latest_before_keyframe is not None and pts < self._latest_before_keyframe:
-            rate = stream.average_rate or Fraction(24)
+            rate = Fraction(stream.average_rate or 24)
             again = f"`ffmpeg -i IN -an -vf setpts=N/({rate})/TB OUT.mp4`"
             seconds = float(len(self.entries) / rate)
             raise VideoError(
