@@ -181,6 +181,16 @@ def test_pissa_reloads_on_the_original_base(model: Path, tmp_path: Path, dtype: 
     assert base.transformer_blocks[0].attn1.to_q(torch.ones(1, 2, 64, dtype=dtype)).equal(trained)
 
 
+def test_pissa_starts_without_a_gpu_though_torch_is_built_for_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel of PyPI names CUDA unless it is asked what is available."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("xpu")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    assert len(lora(model, "--init_lora_weights", "pissa").state()) == 16
+
+
 @pytest.mark.parametrize(("backend", "through"), [("nccl", "meta"), ("gloo", "cpu")])
 def test_ranks_share_a_start_through_memory_that_their_backend_knows(
     backend: str, through: str, monkeypatch: pytest.MonkeyPatch

@@ -168,7 +168,8 @@ def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed:
     Returns:
         A0, (rank, in), and B0, (out, rank), in the type and on the device of the weight.
     """
-    fast = torch.accelerator.current_accelerator() or weight.device  # the weights may be stored on the host
+    # The weights may be stored on the host. The wheel of torch for CUDA knows of an accelerator even without a GPU.
+    fast = torch.accelerator.current_accelerator(check_available=True) or weight.device
     matrix = weight.detach().to(fast).float()
     rounds = re.fullmatch(r"pissa_niter_(\d+)", init)
     if rounds:
