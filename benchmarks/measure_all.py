@@ -3,6 +3,7 @@
     python benchmarks/measure_all.py --list                    # what is missing, the important ones first
     python benchmarks/measure_all.py                           # measures everything; start it again to continue
     python benchmarks/measure_all.py --seconds 560 --only preparation 5b-8bit
+    python benchmarks/measure_all.py --this_commit             # measures again what other commits have measured
 
 A job is a command with the number of GPUs that it needs, and the files of its results. A job whose results exist is
 left out, and so is one that needs more GPUs or time than there is. A job never shares a GPU, because that would change
@@ -14,7 +15,9 @@ docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +31,7 @@ import bench
 import guide_memory
 import scale
 from random_models import ROOT
+from record import current_commit
 
 RESULTS, WORK_DIR, SECONDS = "{results}", "{work_dir}", "{seconds}"  # in a command, for what is known when it starts
 GUIDE_SECONDS = 240.0  # of a job that measures rows of the guides
@@ -44,9 +48,18 @@ class Job:
     seconds: float  # with less time left, it is not started
     gpus: int = 1
 
-    def is_done(self, results: Path) -> bool:
-        """Returns whether all results exist."""
-        return all((results / name).is_file() for name in self.results)
+    def is_done(self, results: Path, commit: str | None = None) -> bool:
+        """Returns whether all results exist; if a commit is given, only its results count."""
+        return all(path.is_file() and is_of(path, commit) for path in self.paths(results))
+
+    def paths(self, results: Path) -> list[Path]:
+        """Returns the paths of the results."""
+        return [results / name for name in self.results]
+
+
+def is_of(result: Path, commit: str | None) -> bool:
+    """Returns whether a result was measured with a commit; None stands for all commits."""
+    return commit is None or json.loads(result.read_text()).get("commit") == commit
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
@@ -134,7 +147,9 @@ class Running:
 class Queue:
     """Runs jobs on GPUs that are free, until the time is over or no job is left that could run."""
 
-    def __init__(self, jobs: Sequence[Job], gpus: Sequence[str], results: Path, work_dir: Path) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], gpus: Sequence[str], results: Path, work_dir: Path, commit: str | None = None
+    ) -> None:
         """Takes the jobs that have no result and do not need more GPUs than there are.
 
         Args:
@@ -142,9 +157,10 @@ class Queue:
             gpus: Names of GPUs for CUDA_VISIBLE_DEVICES.
             results: The folder of results.
             work_dir: The folder for logs, and for what jobs keep for the next time.
+            commit: The commit whose results count; None if all do.
         """
         self.failed: list[str] = []  # names of jobs that ended without their results
-        self._results, self._work_dir = results.resolve(), work_dir.resolve()
+        self._results, self._work_dir, self._commit = results.resolve(), work_dir.resolve(), commit
         self._free, self._running = list(gpus), list[Running]()
         self._waiting = [job for job in jobs if job.gpus <= len(gpus)]
 
@@ -167,13 +183,20 @@ class Queue:
 
     def _next(self, seconds: float) -> Job | None:
         """Returns the most important job that is missing and fits into the time, or None if its GPUs are not free."""
-        self._waiting = [job for job in self._waiting if not job.is_done(self._results) and job.seconds <= seconds]
+        self._waiting = [
+            job for job in self._waiting if not job.is_done(self._results, self._commit) and job.seconds <= seconds
+        ]
         if not self._waiting or self._waiting[0].gpus > len(self._free):
             return None
         return self._waiting.pop(0)
 
     def _start(self, job: Job, seconds: float) -> None:
-        """Starts a job on free GPUs, with the seconds that are left."""
+        """Starts a job on free GPUs, with the seconds that are left. It would leave out what other commits measured."""
+        for path in job.paths(self._results):
+            if path.is_file() and not is_of(path, self._commit):
+                others = self._work_dir / "other_commits"
+                others.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, others / path.name)
         gpus, self._free = self._free[: job.gpus], self._free[job.gpus :]
         known = {RESULTS: str(self._results), WORK_DIR: str(self._work_dir), SECONDS: str(seconds)}
         script, *arguments = job.command
@@ -193,7 +216,7 @@ class Queue:
         for running in [running for running in self._running if running.process.poll() is not None]:
             self._running.remove(running)
             self._free += running.gpus
-            done = running.job.is_done(self._results)
+            done = running.job.is_done(self._results, self._commit)
             running.say("measured" if done else f"ended with status {running.process.returncode}, results are missing")
             self.failed += [] if done else [running.job.name]
 
@@ -215,18 +238,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/measure_all"), help="for logs and random models")
     parser.add_argument("--list", action="store_true", help="print the jobs that are missing")
+    parser.add_argument(
+        "--this_commit",
+        action="store_true",
+        help="results of other commits count as missing, and are moved to WORK_DIR/other_commits",
+    )
     flags = parser.parse_args(argv)
     jobs = [job for job in jobs if not flags.only or job.name in flags.only]
+    commit = current_commit() if flags.this_commit else None
     if flags.list:
         for job in jobs:
-            if not job.is_done(flags.results):
+            if not job.is_done(flags.results, commit):
                 print(f"{job.name}: {job.gpus} GPU{'s' * (job.gpus > 1)}, at least {job.seconds:.0f} s")
         return 0
     gpus = visible_gpus()
     if not gpus:
         parser.error("there is no GPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the jobs are killed, too
-    queue = Queue(jobs, gpus, flags.results, flags.work_dir)
+    queue = Queue(jobs, gpus, flags.results, flags.work_dir, commit)
     queue.run(flags.seconds)
     return int(bool(queue.failed))
 

@@ -13,10 +13,13 @@ def device_and_versions() -> dict[str, Any]:
     """Returns device, versions, commit and command, for the JSON of a result."""
     from cogvideox.runtime.run import environment
 
+    return environment() | {"commit": current_commit(), "command": " ".join(sys.argv)}
+
+
+def current_commit() -> str:
+    """Returns the commit of this project's files: COMMIT, which is set where they were copied without git's history."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    # COMMIT is set where the files were copied without the git history.
-    commit = os.environ.get("COMMIT") or git.stdout.strip()
-    return environment() | {"commit": commit, "command": " ".join(sys.argv)}
+    return os.environ.get("COMMIT") or git.stdout.strip()
 
 
 def between(text: str, script: str) -> tuple[str, str, str]:

@@ -85,6 +85,20 @@ def test_what_is_measured_is_left_out(tmp_path: Path, program: str) -> None:
     assert (tmp_path / "new.json").exists()
 
 
+def test_what_another_commit_has_measured_is_measured_again(tmp_path: Path, program: str) -> None:
+    """Its result is moved away before, because programs leave out what has a result."""
+    for name, commit in (("other", "aaa"), ("same", "bbb"), ("waits", "aaa")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"commit": commit}))
+    jobs = [job_of(program, name, 0, "fails") for name in ("other", "same")]
+    queue = Queue([*jobs, job_of(program, "waits", 0, seconds=100)], ["0"], tmp_path, tmp_path / "work", "bbb")
+    queue.run(60)
+    assert queue.failed == ["other"]
+    assert not (tmp_path / "other.json").exists()
+    assert row_of(tmp_path / "work" / "other_commits", "other") == {"commit": "aaa"}
+    assert row_of(tmp_path, "same") == {"commit": "bbb"}
+    assert row_of(tmp_path, "waits") == {"commit": "aaa"}  # there is no time for it
+
+
 def test_a_job_that_fails_does_not_prevent_others(
     tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
