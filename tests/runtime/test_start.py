@@ -180,6 +180,17 @@ def test_processes_with_different_settings_are_refused(model: Path, tensors: Pat
         assert "process 1 has --learning_rate 0.005, process 0 has 0.01" in text
 
 
+@pytest.mark.parametrize(("first", "second"), [(None, "int8"), ("int8", None)])
+@pytest.mark.fault("ranks: a process with other settings")
+def test_a_setting_that_only_one_process_has_is_named(
+    model: Path, tensors: Path, tmp_path: Path, first: str | None, second: str | None
+) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors")
+    commands = [[*flags, *(["--base_precision", value] if value else [])] for value in (first, second)]
+    for text in two_ranks(*commands):
+        assert f"process 1 has --base_precision {second!r}, process 0 has {first!r}; give all processes" in text
+
+
 @pytest.mark.long
 @pytest.mark.fault("ranks: output folders that are not shared")
 def test_processes_with_different_folders_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:

@@ -184,18 +184,19 @@ class Ranks:
         """Checks that all processes have the same values, before a difference can make them diverge or deadlock.
 
         Args:
-            values: Values of this process by name; every process has the same names.
+            values: Values of this process by name. One that only other processes have counts as None.
             fix: The fix that the error message gives.
 
         Raises:
             UsageError: Values differ. Every rank raises it, with each name whose values differ.
         """
         everyone = self.gather([values])
+        names = dict.fromkeys(name for theirs in everyone for name in theirs)
         problems = [
-            f"process {number} has {name} {theirs[name]!r}, process 0 has {everyone[0][name]!r}; {fix}"
+            f"process {number} has {name} {theirs.get(name)!r}, process 0 has {everyone[0].get(name)!r}; {fix}"
             for number, theirs in enumerate(everyone)
-            for name in values
-            if theirs[name] != everyone[0][name]
+            for name in names
+            if theirs.get(name) != everyone[0].get(name)
         ]
         if problems:
             raise UsageError(first_of(problems))
