@@ -191,6 +191,16 @@ def test_a_setting_that_only_one_process_has_is_named(
         assert f"process 1 has --base_precision {second!r}, process 0 has {first!r}; give all processes" in text
 
 
+@pytest.mark.fault("ranks: a process with other settings")
+def test_processes_with_different_settings_are_refused_when_a_run_is_resumed(
+    model: Path, tensors: Path, again: Path
+) -> None:
+    """One of them has the settings of the checkpoint. It must not wait for the other."""
+    flags = lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 8, "--gradient_accumulation_steps", 1)
+    for text in two_ranks(flags, [*flags, "--learning_rate", "5e-3"]):
+        assert "process 1 has --learning_rate 0.005, process 0 has 0.01" in text
+
+
 @pytest.mark.long
 @pytest.mark.fault("ranks: output folders that are not shared")
 def test_processes_with_different_folders_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:

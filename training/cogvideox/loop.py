@@ -611,11 +611,10 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     apply_vram_budget(run, options)
     geometry = read_geometry(options.model)
     recipe = recipe_of(options, geometry, task_type, method_type)
+    same = "give all processes the same command and folders"
+    run.ranks.check_agreement({setting(name): value for name, value in recipe.items()}, same)
     start = find_start(run, recipe, options)
-    settings = {setting(name): value for name, value in recipe.items()}
-    run.ranks.check_agreement(
-        {"the first step": start.step} | settings, "give all processes the same command and folders"
-    )
+    run.ranks.check_agreement({"the first step": start.step}, same)
     start_trackers(run, options)
     run.startup.done("imports and processes")
     images = fetch_images(run, options)
