@@ -192,6 +192,19 @@ def test_a_setting_that_only_one_process_has_is_named(
 
 
 @pytest.mark.fault("ranks: a process with other settings")
+def test_processes_with_another_number_of_steps_or_passes_are_refused(
+    model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    """With the first two, a process would wait for ever; with the last one, other samples would be trained."""
+    flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors")
+    others = {"max_train_steps": (6, 7), "checkpointing_steps": (2, 3), "gradient_accumulation_steps": (2, 1)}
+    more = [word for name, (_, value) in others.items() for word in (f"--{name}", str(value))]
+    for text in two_ranks(flags, [*flags, *more, "--train_batch_size", "2"]):
+        for name, (first, second) in others.items():
+            assert f"process 1 has --{name} {second}, process 0 has {first}; give all processes" in text
+
+
+@pytest.mark.fault("ranks: a process with other settings")
 def test_processes_with_different_settings_are_refused_when_a_run_is_resumed(
     model: Path, tensors: Path, again: Path
 ) -> None:

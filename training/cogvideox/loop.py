@@ -71,9 +71,9 @@ from cogvideox.runtime.resume import (
     StartPoint,
     check_length,
     check_same_samples,
+    common_settings,
     find_start,
     recipe_of,
-    setting,
     write_samples,
 )
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, write_config
@@ -612,7 +612,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     geometry = read_geometry(options.model)
     recipe = recipe_of(options, geometry, task_type, method_type)
     same = "give all processes the same command and folders"
-    run.ranks.check_agreement({setting(name): value for name, value in recipe.items()}, same)
+    run.ranks.check_agreement(common_settings(options, recipe), same)
     start = find_start(run, recipe, options)
     run.ranks.check_agreement({"the first step": start.step}, same)
     start_trackers(run, options)

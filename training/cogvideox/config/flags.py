@@ -72,6 +72,12 @@ CHANGEABLE = (
 )
 # Flags of the optimizer that only say where its state is stored, so that they are not part of a run's recipe.
 PLACES_OF_STATE = ("use_cpu_offload_optimizer", "offload_gradients")
+# Flags of training and validation that may differ between the processes of a run: paths, what only the main process
+# reads, and what is compared in another form.
+OWN_OF_PROCESS = (
+    *("output_dir", "validation_dir", "validation_prompts", "resume_from_checkpoint", "no_resume", "report_to"),
+    *("tracker_name", "logging_dir", "nccl_timeout", "mixed_precision"),
+)
 
 
 def flag(

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE, TrainFlags
+from cogvideox.config.flags import CHANGEABLE, OWN_OF_PROCESS, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import (
     SCRIPTS,
@@ -248,6 +248,16 @@ def setting(name: str) -> str:
     """Returns what a user gives to change an entry of a recipe, for messages: the flag, if there is one."""
     flags = {item.name for script in SCRIPTS.values() for _, item, _ in fields_of(script)}
     return DECIDED_BY.get(name, f"--{name}" if name in flags else name)
+
+
+def common_settings(options: TrainOptions, recipe: Mapping[str, object]) -> dict[str, object]:
+    """Returns what the processes of a run must have in common, by what a user gives: the recipe, and when to do what.
+
+    A process with another number of steps or another schedule would leave the others waiting.
+    """
+    flags = asdict(options.train) | asdict(options.validation)
+    common = {f"--{name}": value for name, value in flags.items() if name not in OWN_OF_PROCESS}
+    return common | {setting(name): value for name, value in recipe.items()}
 
 
 def shown(value: object) -> str:
