@@ -357,6 +357,7 @@ def test_a_resumed_run_is_predicted_from_its_checkpoint(
     for steps in ((), (20, 40)):
         for step in steps:
             (output / f"checkpoint-{step}").mkdir(parents=True)
+            (output / "config.json").touch()
             (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps({"step": step, "recipe": recipe}))
         assert predict(published, index, output, *flags, *(wanted.split() if steps else [])) == 0
         text = capsys.readouterr().out
@@ -393,6 +394,22 @@ def test_prepared_data_that_the_run_refuses_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=problem):
         predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "problem"),
+    [
+        ("notes.txt", (), "is not empty and not a run of this trainer"),
+        ("config.json", ("--no_resume",), "--no_resume: .* is not empty"),
+    ],
+)
+def test_a_folder_that_the_run_refuses_is_refused(
+    file: str, flags: tuple[str, ...], problem: str, published: Path, index: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).touch()
+    with pytest.raises(UsageError, match=problem):
+        predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", *flags)
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["folder", "hub"])

@@ -79,7 +79,7 @@ from cogvideox.runtime.resume import (
     expected_start,
     recipe_of,
 )
-from cogvideox.runtime.run import PRECISIONS
+from cogvideox.runtime.run import PRECISIONS, content_problem
 
 STORED_BYTES = 2  # of an element of the cached tensors, in fp16 or bf16
 PLAN_FLAGS = ("plan", "weights_on", "keep", "kept_on", "optimizer_state_on")
@@ -137,8 +137,8 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
         The exit status: 0, or 1 if the run does not fit.
 
     Raises:
-        UsageError: There is no GPU and none was named, the data cannot be used, the run has passed its last step, or
-            its checkpoint was made with other settings or data.
+        UsageError: There is no GPU and none was named, the data or the output folder cannot be used, the run has passed
+            its last step, or its checkpoint was made with other settings or data.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -148,6 +148,8 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     dtype = PRECISIONS[precision_of(options.train.mixed_precision)]
     run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled)
+    if problem := content_problem(options.train):
+        raise UsageError(problem)
     start = expected_start(options.train)
     unchecked = list(settings_unchecked(start, options, geometry, task, method))
     samples = read_samples(options, geometry, start)

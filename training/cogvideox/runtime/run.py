@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cogvideox import stopping
 from cogvideox.config.args import config_dict
+from cogvideox.config.flags import TrainFlags
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import (
     TrainOptions,
@@ -244,18 +245,26 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--output_dir {folder}: another run is using it ({error.strerror}); {fix}"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
-    ignored = (".*.tmp", f"{LOCK_NAME}*")
-    there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, ignored)))
+    if problem := content_problem(train):
+        return problem
+    with disk_errors_converted(folder):
+        remove_temporaries(folder)
+    if not (folder / RUN_CONFIG_NAME).exists():
+        write_config(run, options)
+    return None
+
+
+def content_problem(train: TrainFlags) -> str | None:
+    """Returns why a run cannot continue or begin with the content of its output folder, or None if it can."""
+    folder, ignored = Path(train.output_dir), (".*.tmp", f"{LOCK_NAME}*")
+    files = folder.iterdir() if folder.is_dir() else ()
+    there = sorted(path.name for path in files if not any(map(path.match, ignored)))
     if there and RUN_CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
         )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
-    with disk_errors_converted(folder):
-        remove_temporaries(folder)
-    if RUN_CONFIG_NAME not in there:
-        write_config(run, options)
     return None
 
 
