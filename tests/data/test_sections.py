@@ -169,3 +169,23 @@ def test_a_file_is_read_once_for_all_sections_that_are_encoded_or_verified(
     os.utime(data / "long.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
     changed = find_faults(made, made.plan())
     assert len({fault.record.request for fault in changed if fault.record}) == len(changed) == 2
+
+
+@pytest.mark.parametrize(("held_out", "leaks"), [("4.5,", False), ("2.9,6", True), (",", True)])
+def test_scenes_of_one_file_are_other_clips_in_notes(
+    scenes: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: str, leaks: bool
+) -> None:
+    rows = {
+        "data": "long.mp4,Same words,0,3\nlong.mp4,Same words,3,4.5\n",
+        "held": f"long.mp4,Other words,{held_out}\n",
+    }
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(scenes, tmp_path / name / "long.mp4")
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,text,start,end\n{row}")
+    flags = ("--validation_data_root", tmp_path / "held", "--max_upscale", 9, "--dry_run")
+    assert prepare(model, tmp_path / "data", tmp_path / "out", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert '  "Same words": 2 clips: long.mp4, long.mp4#2' in lines
+    rule = "--validation_data_root: 1 clip is trained on too, so the loss is not a held-out loss:"
+    assert (rule in lines) == leaks

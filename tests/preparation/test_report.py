@@ -160,7 +160,7 @@ def test_a_validation_clip_that_is_trained_on_is_reported(
     frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
     write_video(data / "videos/00003.mp4", frames, 8)
     lines = described(configs, clips, tmp_path / "out", validation_data_root=(str(data),))
-    assert "--validation_data_root: 5 clips are trained on too, so their loss is not a held-out loss:" in lines
+    assert "--validation_data_root: 5 clips are trained on too, so the loss is not a held-out loss:" in lines
     assert f"  {data / 'videos/00000.mp4'}" in lines
     assert not any("00003" in line for line in lines)
 

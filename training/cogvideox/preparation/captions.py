@@ -39,7 +39,7 @@ def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: i
 
     Args:
         tokenizer: The tokenizer of T5.
-        clips: Samples, each with the hash of its clip's content.
+        clips: Samples, each with the hash of the content of its file.
         length: Number of tokens that T5 reads.
     """
     clips_of = clips_by_caption(clips)
@@ -56,9 +56,10 @@ def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: i
 
 def clips_by_caption(clips: Iterable[tuple[Sample, str]]) -> dict[str, list[str]]:
     """Returns the ids of the clips with each caption; only the first of identical clips counts."""
-    first = {(sample.caption, content): sample.id for sample, content in reversed(list(clips)) if sample.caption}
+    captioned = [(sample, content) for sample, content in reversed(list(clips)) if sample.caption]
+    first = {(sample.caption, content, sample.section): sample.id for sample, content in captioned}
     found: dict[str, list[str]] = {}
-    for (caption, _), sample_id in reversed(first.items()):
+    for (caption, *_), sample_id in reversed(first.items()):
         found.setdefault(caption, []).append(sample_id)
     return found
 

@@ -21,6 +21,7 @@ from cogvideox.data.cache import CacheIndex, open_index, publishing
 from cogvideox.data.clips import time_decode
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors.sdr import HDR, WHITE, is_wide_sdr
+from cogvideox.data.media.frames import Section, overlap
 from cogvideox.data.records import SHORT, SMALL
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
 from cogvideox.errors import UsageError, plural
@@ -286,14 +287,21 @@ def color_notes(records: Records) -> Iterator[str]:
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:
-    """Returns lines about clips that are both held out and trained on."""
+    """Returns lines about clips that are both held out and trained on, as far as parts of videos overlap."""
     number = len(records) - preparation.num_validation
-    trained = {record.content for record in records[:number] if record.usable}
-    leaked = [r.path for r in records[number:] if r.usable and r.content in trained]
+    trained: dict[str, set[Section | None]] = {}
+    for sample, content in used_clips(preparation.samples[:number], records[:number]):
+        trained.setdefault(content, set()).add(sample.section)
+    leaked = [
+        sample.video
+        for sample, content in used_clips(preparation.samples[number:], records[number:])
+        if any(overlap(sample.section, section) for section in trained.get(content, ()))
+    ]
     if not leaked:
         return []
+    clips = plural(len(leaked), "clip is", "clips are")
     return [
-        f"--validation_data_root: {len(leaked)} clips are trained on too, so their loss is not a held-out loss:",
+        f"--validation_data_root: {clips} trained on too, so the loss is not a held-out loss:",
         *indented(leaked),
     ]
 
@@ -313,7 +321,7 @@ def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[st
 
 
 def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample, str]]:
-    """Returns the samples that are used, each with the hash of its clip's content."""
+    """Returns the samples that are used, each with the hash of the content of its file."""
     pairs = zip(samples, records, strict=True)
     return [(sample, record.content) for sample, record in pairs if record.usable]
 

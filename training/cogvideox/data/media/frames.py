@@ -153,6 +153,12 @@ class Section(NamedTuple):
         return range(first, end)
 
 
+def overlap(one: Section | None, other: Section | None) -> bool:
+    """Returns whether two parts of a video have a moment in common; None is all of it."""
+    first, second = one or Section(0.0, None), other or Section(0.0, None)
+    return all(a.end is None or b.start < a.end for a, b in ((first, second), (second, first)))
+
+
 def frames_available(times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0) -> int:
     """Returns how many frames a clip can give at a frame rate.
 
