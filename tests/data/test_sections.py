@@ -131,7 +131,9 @@ def test_a_section_that_is_empty_or_short_is_explained(scenes: Path) -> None:
     empty = plan_clip(scenes, RECIPE, Section(7.0, None))
     assert empty.status == "failed"
     assert empty.reason.startswith("no frame is shown from 7 s to the end, and the video lasts 6.00 s")
-    assert "0.50 s give 4 frames" in plan_clip(scenes, RECIPE, Section(5.5, None)).reason
+    short = plan_clip(scenes, RECIPE, Section(5.5, None)), plan_clip(scenes, RECIPE, Section(1.25, 2.0))
+    assert short[0].reason.startswith("from 5.5 s to the end: 0.50 s give 4 frames at 8 frames per second, but the")
+    assert short[1].reason.startswith("from 1.25 s to 2 s: 0.75 s give 6 frames at 8 frames per second, but the")
 
 
 def test_sections_are_prepared(scenes: Path, model: Path, tmp_path: Path) -> None:

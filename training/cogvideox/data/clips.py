@@ -115,11 +115,15 @@ def plan_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None)
 
     A bad file never raises an error. Its record says what is wrong with it.
     """
-    return _probe_and_plan(
-        path,
-        recipe.request(path, section),
-        lambda record, info: plan_cuts(record, info, recipe.within(section, info)),
-    )
+
+    def plan(record: ClipRecord, info: VideoInfo) -> ClipRecord:
+        planned = plan_cuts(record, info, recipe.within(section, info))
+        # The other sections of the file may be long enough.
+        return (
+            replace(planned, reason=f"{section}: {planned.reason}") if section and planned.status == SHORT else planned
+        )
+
+    return _probe_and_plan(path, recipe.request(path, section), plan)
 
 
 def measure_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None) -> ClipRecord:

@@ -138,6 +138,11 @@ class Section(NamedTuple):
     start: float
     end: float | None
 
+    def __str__(self) -> str:
+        """Describes the section, such as "from 3 s to 4.5 s"."""
+        until = "the end" if self.end is None else f"{self.end:g} s"
+        return f"from {self.start:g} s to {until}"
+
     def frames(self, info: VideoInfo) -> range:
         """Returns the indices of the frames of a video that are shown in the section.
 
@@ -147,8 +152,7 @@ class Section(NamedTuple):
         first = bisect_left(info.times, self.start - _SECTION_SLACK)
         end = info.num_frames if self.end is None else bisect_left(info.times, self.end - _SECTION_SLACK)
         if first >= end:
-            until = "the end" if self.end is None else f"{self.end:g} s"
-            reason = f"no frame is shown from {self.start:g} s to {until}, and the video lasts {info.duration:.2f} s"
+            reason = f"no frame is shown {self}, and the video lasts {info.duration:.2f} s"
             raise VideoError(f"{reason}; correct start and end in the table")
         return range(first, end)
 
