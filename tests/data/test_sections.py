@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -102,6 +103,20 @@ def read_as(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, name=name, real=real: (found.append(name), real(path))[1])
     return found
+
+
+def test_each_section_has_its_own_random_choices(scenes: Path) -> None:
+    """Otherwise all scenes of an hour would be mirrored, or none."""
+    recipe = dataclasses.replace(RECIPE, frame_selection="random", flip_probability=0.5, variants=8)
+    sections = [Section(0.0, 3.0), Section(3.0, 6.0), Section(3.0, None)]
+    variants = [plan_clip(scenes, recipe, section).cuts[0].variants for section in sections]
+    flips = [tuple(variant.fit.flip for variant in found) for found in variants]
+    starts = [
+        tuple(variant.indices[0] - round(8 * section.start) for variant in found)
+        for section, found in zip(sections, variants, strict=True)
+    ]
+    assert len(set(flips)) == len(set(starts)) == 3
+    assert variants[0] == plan_clip(scenes, recipe, sections[0]).cuts[0].variants
 
 
 def test_the_sections_of_a_file_are_planned_after_reading_it_once(

@@ -6,7 +6,7 @@ one variant into uint8 pixels:
 
     path + ClipRecipe --plan_clip--> record: content hash, bucket, Variants --decode_variant--> uint8 (F, H, W, 3)
 
-Random choices depend only on the seed, the content of the file and the number of the variant. Nothing here imports
+Random choices depend only on the seed, the content of the clip and the number of the variant. Nothing here imports
 torch, so that decode workers need little memory.
 """
 
@@ -71,7 +71,8 @@ class ClipRecipe:
         The key depends on the recipe, and on the path, the size and the time of the last change of the file. It also
         exists for a missing file, whose record says that it is missing.
         """
-        return hash_of([str(path), stamp_of(path), self.digest, *(section or ())])
+        # The word tells such records from those of earlier versions, which drew the same for all sections of a file.
+        return hash_of([str(path), stamp_of(path), self.digest, *(("section", *section) if section else ())])
 
     def within(self, section: Section | None, info: VideoInfo) -> "ClipRecipe":
         """Returns the recipe that also skips the frames before and after a section of the video.
@@ -117,7 +118,7 @@ def plan_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None)
     """
 
     def plan(record: ClipRecord, info: VideoInfo) -> ClipRecord:
-        planned = plan_cuts(record, info, recipe.within(section, info))
+        planned = plan_cuts(record, info, recipe.within(section, info), section)
         # The other sections of the file may be long enough.
         return (
             replace(planned, reason=f"{section}: {planned.reason}") if section and planned.status == SHORT else planned
@@ -173,8 +174,15 @@ def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, Vid
         return replace(record, status=UNREADABLE, reason=str(error))
 
 
-def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRecord:
-    """Returns the record with a cut for each bucket that the clip fills, or with the reason why it fills none."""
+def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe, section: Section | None = None) -> ClipRecord:
+    """Returns the record with a cut for each bucket that the clip fills, or with the reason why it fills none.
+
+    Args:
+        record: The record of the file.
+        info: What ``probe`` returned for the file.
+        recipe: The recipe, which skips the frames outside of the section.
+        section: The part of the file that the clip is; None for all of it.
+    """
     available = frames_at_recipe_rate(info, recipe)
     size = (info.height, info.width)
     buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
@@ -182,7 +190,8 @@ def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRe
         status, reason = why_no_bucket(info, recipe, available)
         return replace(record, status=status, reason=reason, available=available)
     content = _content_of(record.path, tuple(record.stamp or ()))
-    cuts = tuple(plan_cut(info, bucket, recipe, content) for bucket in buckets)
+    clip = content, *(section or ())
+    cuts = tuple(plan_cut(info, bucket, recipe, clip) for bucket in buckets)
     return replace(record, status=OK, available=available, content=content, cuts=cuts)
 
 
@@ -215,22 +224,22 @@ def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[
     return SMALL, f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, but {limit}"
 
 
-def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> Cut:
+def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, clip: tuple[object, ...]) -> Cut:
     """Returns how a clip is cut for one bucket: the frames and the crop of each variant."""
-    return Cut(bucket, tuple(plan_variant(info, bucket, recipe, content, k) for k in range(recipe.variants)))
+    return Cut(bucket, tuple(plan_variant(info, bucket, recipe, clip, k) for k in range(recipe.variants)))
 
 
-def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str, number: int) -> Variant:
+def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, clip: tuple[object, ...], number: int) -> Variant:
     """Chooses the frames and the crop of one variant.
 
     Args:
         info: What ``probe`` returned for the file.
         bucket: The number of frames and the size to which the clip is cut.
         recipe: Settings and seed.
-        content: Content hash of the file. Random choices depend only on (seed, content, number).
+        clip: Hash of the content of the file, and the section. Random choices depend only on (seed, clip, number).
         number: The index of the variant, from 0.
     """
-    draw = (recipe.seed, content, number)
+    draw = (recipe.seed, *clip, number)
     indices = frame_indices(
         info.times,
         bucket.frames,
