@@ -386,6 +386,10 @@ def test_a_schedule_that_is_not_continued_is_reported_with_both_rates() -> None:
     constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant")
     assert rate_jump(constant, 1e-3, 6, 12, 1) is None
     assert "from 0.002 at step 6 to 0.001 at step 7" in (rate_jump(constant, 2e-3, 6, 12, 1) or "")
+    restarted = OptimizerFlags(
+        learning_rate=1e-3, lr_scheduler="cosine_with_restarts", lr_num_cycles=2, lr_warmup_steps=0
+    )
+    assert rate_jump(restarted, 1e-3, 2, 4, 1) is None  # The schedule is another one, but the next rate is the same.
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_reported() -> None:

@@ -110,7 +110,7 @@ def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, g
         global_batch: Samples per step over all ranks.
     """
     now, following = (learning_rate(flags, number, total_steps, global_batch) for number in (step - 1, step))
-    if step >= total_steps or math.isclose(then, now, rel_tol=SAME_RATE):
+    if step >= total_steps or any(math.isclose(then, rate, rel_tol=SAME_RATE) for rate in (now, following)):
         return None
     return (
         f"the learning rate jumps from {then:.3g} at step {step} to {following:.3g} at step {step + 1}: "
