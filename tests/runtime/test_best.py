@@ -337,6 +337,32 @@ def test_a_run_ends_when_the_loss_has_not_improved(
     assert json.loads((tmp_path / "recipe.json").read_text())["step"] == 6
 
 
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(
+    ("more", "remark"),
+    [
+        (("--validation_steps", 3), "--keep_best: cannot keep every measured step; there is no checkpoint of step 3, "),
+        (("--validation_steps", 3, "--checkpointing_steps", 3), ""),
+        (("--validation_steps", 3, "--save_every_minutes", 0), ""),
+        (("--checkpointing_steps", 6), "--export_best: has no effect; there is no checkpoint before that of the last"),
+        (("--validation_steps", 4), ""),
+    ],
+)
+def test_measurements_that_cannot_be_exported_are_reported(
+    more: tuple[object, ...],
+    remark: str,
+    model: Path,
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The best of the measured steps may have no checkpoint."""
+    assert train(flags_of(model, prepared, tmp_path, "--export_best", *more)) == 0
+    found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+    assert len(found) == bool(remark)
+    assert all(line.startswith(remark) for line in found)
+
+
 @pytest.mark.parametrize(
     ("measured", "last", "count"),
     [({}, 9, 0), ({0: 1.0}, 9, 0), ({0: 1.0, 2: 0.5, 4: 0.5, 6: 0.7}, 9, 2), ({0: 1.0, 2: 0.5, 4: 0.4}, 2, 0)],

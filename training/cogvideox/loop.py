@@ -285,6 +285,7 @@ class Trainer:
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._on_metrics)
         self._report_rate_jump()
         self._report_few_measurements()
+        self._report_unsaved_measurements()
         self.best.start(self.steps.first, self.options.train.export_best)
         self.validator.set_aside_stale(self.steps.first, self.steps.total, self.steps.recipe)
         if self._evaluation_due(self.steps.first):
@@ -426,6 +427,25 @@ class Trainer:
         if number < limit:
             rule = f"has no effect; the held-out loss is measured {number} times between the first and the last step"
             self.run.say(f"--stop_when_worse {limit}: {rule}; give a smaller number, or measure more often")
+
+    def _report_unsaved_measurements(self) -> None:
+        """Prints a line if --keep_best or --export_best has less to choose from than the flags suggest.
+
+        Only a checkpoint can be kept. With --save_every_minutes, it is not known which steps have one.
+        """
+        train, first, total = self.options.train, self.steps.first, self.steps.total
+        if not train.keep_best or train.save_every_minutes is not None:
+            return
+        measured = filter(self._held_out_due, range(first + 1, total))
+        unsaved = next((step for step in measured if not self.saver.due(step)), None)
+        if unsaved is not None:
+            every = self.options.validation.validation_steps
+            rule = f"cannot keep every measured step; there is no checkpoint of step {unsaved}, for example"
+            fix = f"--checkpointing_steps {every}" if every else "--validation_steps in place of --validation_epochs"
+            self.run.say(f"--keep_best: {rule}; give {fix}")
+        elif train.export_best and not first and total <= train.checkpointing_steps:
+            rule = f"has no effect; there is no checkpoint before that of the last step, {total}"
+            self.run.say(f"--export_best: {rule}; give a smaller --checkpointing_steps")
 
     def _evaluation_due(self, step: int) -> bool:
         """Returns whether the weights are evaluated after a step: always before the first and after the last."""

@@ -254,7 +254,7 @@ def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
 
 def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str]]:
     """Yields (flag, reason) of each flag of a training script whose effect other flags prevent."""
-    flags, trackers = options.optimizer, tracker_names(options.train.report_to)
+    flags, validation, trackers = options.optimizer, options.validation, tracker_names(options.train.report_to)
     for name, value, schedules in SCHEDULE_FLAGS:
         if flags.lr_scheduler not in schedules and getattr(flags, name) != value:
             yield name, f"--lr_scheduler {flags.lr_scheduler} does not use it; give {' or '.join(schedules)}"
@@ -270,8 +270,11 @@ def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str
         yield "logging_dir", "only tensorboard writes there; give --report_to tensorboard"
     if options.loader.load_tensors:
         yield from ((name, "--load_tensors decodes no clip") for name in ("decode_timeout", "decode_memory"))
-    if not options.validation.settled:
+    if not validation.settled:
         yield "num_validation_videos", "there is no --validation_prompt"
+    if validation.guidance_scale <= 1:
+        rule = f"--guidance_scale {validation.guidance_scale:g} turns guidance off; give a scale above 1"
+        yield from ((name, rule) for name in ("negative_prompt", "use_dynamic_cfg") if getattr(validation, name))
 
 
 def draws_at_random(data: DataFlags) -> bool:
