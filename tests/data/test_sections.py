@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -206,3 +207,19 @@ def test_scenes_of_one_file_are_other_clips_in_notes(
     assert '  "Same words": 2 clips: long.mp4, long.mp4#2' in lines
     rule = "--validation_data_root: 1 clip is trained on too, so the loss is not a held-out loss:"
     assert (rule in lines) == leaks
+
+
+def test_scenes_that_are_not_used_are_named_one_by_one(
+    scenes: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(scenes, tmp_path / "data" / "long.mp4")
+    rows = "long.mp4,Long,0,3\nlong.mp4,Short,3,3.5\nlong.mp4,Short too,4,4.5\n"
+    (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,start,end\n{rows}")
+    flags = ("--max_upscale", 9, "--max_bad_fraction", 0.7)
+    assert prepare(model, tmp_path / "data", tmp_path / "out", *flags) == 0
+    text = capsys.readouterr().out
+    assert "long.mp4: from 3 s to 3.5 s: 0.50 s give 4 frames" in text
+    assert "long.mp4: from 4 s to 4.5 s: 0.50 s give 4 frames" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r"<td>(long.mp4[#\d]*)</td>", page) == ["long.mp4#2", "long.mp4#3"]

@@ -207,12 +207,14 @@ class DataPage:
 
     def _dropped(self) -> Iterator[str]:
         """Yields the clips that are not used, by kind of cause, with what helps."""
-        ids = {sample.video: sample.id for sample in reversed(self.preparation.samples)}
+        pairs = zip(reversed(self.preparation.samples), reversed(self.records), strict=True)
+        # An image that cannot be used is named itself. Scenes have one path, but a record each.
+        names = {record.request: sample.id if record.path == sample.video else record.path for sample, record in pairs}
         causes = causes_of(self.records)
         for status in dict.fromkeys(cause.status for cause in causes):
             of_kind = [cause for cause in causes if cause.status == status]
             fixes = (cause.fix(self.preparation.data, self.preparation.geometry) for cause in of_kind)
-            rows = [dropped_row(record, ids) for cause in of_kind for record in cause.records]
+            rows = [dropped_row(record, names[record.request]) for cause in of_kind for record in cause.records]
             yield f"<h3>{len(rows)} {WORDS[status]}</h3>"
             yield from (f"<p>{escape(fix)}</p>" for fix in fixes if fix is not None)
             yield table(("clip", "file", "reason"), rows[:MAX_DROPPED])
@@ -289,12 +291,12 @@ def clip_list(cards: Iterable[str]) -> str:
     return f'<div id="clips">{items}</div>' if items else ""
 
 
-def dropped_row(record: ClipRecord, ids: Mapping[str, str]) -> tuple[str, str, str]:
-    """Returns the row of a clip that is not used: its id, its size, and the reason."""
+def dropped_row(record: ClipRecord, name: str) -> tuple[str, str, str]:
+    """Returns the row of a clip that is not used: its name, its size, and the reason."""
     source = record.source
     size = f"{source.width}x{source.height}, {source.frames} frames, {source.fps:g} per second" if source else ""
     reason = one_line(record.reason.removeprefix(f"{record.path}: "))
-    return ids.get(record.path, record.path), size, reason
+    return name, size, reason
 
 
 def note_list(lines: Sequence[str]) -> str:
