@@ -19,7 +19,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from running import PROMPT
 
+from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
+from cogvideox.data.cache import CachedSample
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export import card as card_module
@@ -57,7 +59,7 @@ MADE |= {"rank": 128, "lora_alpha": 64.0, "target_modules": ["to_q", "to_out.0"]
 MADE |= {"lora_scale": 0.5, "lora_scale_folded": "exactly"}
 MADE |= {"versions": {"torch": "2.13.0+cpu"}, "python": "3.11.7", "device": "x86_64"}
 MADE |= {"verification": {"max_difference": 0.25, "cosine": 0.99995}}
-CLIPS: Any = SimpleNamespace(samples=[SimpleNamespace(bucket="49x480x720")])
+CLIPS: Any = SimpleNamespace(samples=[SimpleNamespace(bucket="49x480x720", clip="a", video_keys=("key",))])
 SAMPLING = {"height": 480, "width": 720, "num_frames": 49, "guidance_scale": 6.0, "max_sequence_length": 226}
 
 
@@ -74,6 +76,7 @@ def facts(**changes: Any) -> Facts:
         "decoding": ["enable_tiling"],
         "fps": 8,
         "token": "MYSTYLE",
+        "clips": 70,
         "buckets": {"1x480x720": 1, "49x480x720": 69},
         "videos": [Video("a panda", "validation/a.mp4", "validation/b.mp4")],
         "pictures": [],
@@ -357,6 +360,22 @@ def test_the_files_that_belong_to_a_card(tmp_path: Path) -> None:
         *("a", "", "video", "a", "", "video"),
         *("b (image)", "video", "video", "b (image)", "", "video"),
     ]
+
+
+def test_a_clip_is_counted_once(tmp_path: Path) -> None:
+    """Clip a is listed twice, as by --repeats 2, and used in two buckets; b is listed once and used in one of them."""
+    names = ["a@9x64x96", "a@1x64x96", "a (2)@9x64x96", "a (2)@1x64x96", "b"]
+    samples = [
+        CachedSample(name, "", Bucket(1 if "@1x" in name else 9, 64, 96), (f"{name[0]}{'@1x' in name}",), "")
+        for name in names
+    ]
+    validator = SimpleNamespace(prompts=SimpleNamespace(texts=[]), sampling=SAMPLING, whole_fps=8)
+    task, method = (SimpleNamespace(pipeline="P"), SimpleNamespace(inference=lambda _: ("", "")))
+    run, options, index = run_alone(tmp_path), options_of(tmp_path), SimpleNamespace(samples=samples)
+    write_card(run, options, task, method, validator, index, MADE)  # type: ignore[arg-type]
+    card = (tmp_path / "README.md").read_text()
+    assert "trained on 2 clips for 3000 steps" in card
+    assert "1x64x96 (1 clip), 9x64x96 (2 clips)." in card
 
 
 def test_the_program_runs_in_stock_diffusers(model: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ class Facts:
     decoding: list[str]  # methods of the VAE that the flags enable
     fps: int
     token: str | None
+    clips: int  # number of clips, each counted once
     buckets: dict[str, int]  # number of clips in each bucket
     videos: list[Video]
     pictures: list[str]
@@ -123,6 +124,7 @@ def write_card(
         The paths of README.md and of the files that it shows.
     """
     folder, dtype = run.output_dir, str(run.dtype).removeprefix("torch.")
+    samples = {sample.video_keys: sample for sample in index.samples}.values()  # those of --repeats share their tensors
     facts = Facts(
         name=run.repository or folder.resolve().name,
         on_hub=run.repository is not None,
@@ -134,7 +136,8 @@ def write_card(
         decoding=[name for name in ("enable_slicing", "enable_tiling") if getattr(options.validation, name)],
         fps=validator.whole_fps,
         token=(options.data.id_token or "").strip() or None,
-        buckets=dict(sorted(Counter(str(sample.bucket) for sample in index.samples).items())),
+        clips=len({sample.clip for sample in samples}),
+        buckets=dict(sorted(Counter(str(sample.bucket) for sample in samples).items())),
         videos=list(videos_of(validator, folder, made["step"])),
         pictures=[name for name in PICTURES if (folder / name).is_file()],
         base_license=read_license(options.model),
@@ -223,7 +226,7 @@ def heading(facts: Facts) -> str:
         base = markdown_link(facts.base, f"{HUB_URL}/{facts.base}")
     else:
         base = f"a CogVideoX from a local folder ({escape_markdown(facts.base_folder)})"
-    clips, steps = plural(sum(facts.buckets.values()), "clip"), plural(facts.made["step"], "step")
+    clips, steps = plural(facts.clips, "clip"), plural(facts.made["step"], "step")
     text = f"{what} {base}, {facts.task}, trained on {clips} for {steps}."
     token = f"\n\nBegin prompts with {escape_markdown(facts.token)} to use what was learned." if facts.token else ""
     return f"# {escape_markdown(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
