@@ -13,7 +13,7 @@ import numpy as np
 from cogvideox.data.health import STATIC, Health, blanks, health_of, mean_health
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decode import probe, read_frames
-from cogvideox.runtime.metrics import read_records
+from cogvideox.runtime.metrics import MOTION, read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, write_metrics
 
 DRIFT = 0.25  # difference of brightness or saturation to the clips that is named
@@ -46,7 +46,7 @@ def report_health(run: Run, step: int, videos: Sequence[Path], clips: Health | N
     Called on the main process. Does nothing if the numbers of the step are there already.
     """
     records = read_records(run.output_dir / METRICS_NAME)
-    if not videos or any(record["step"] == step and "validation_motion" in record for record in records):
+    if not videos or any(record["step"] == step and MOTION in record for record in records):
         return
     found = {}
     for path in videos:

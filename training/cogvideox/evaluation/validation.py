@@ -37,8 +37,9 @@ from cogvideox.preparation.captions import prompt_notes
 from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.progress import ProgressBar
+from cogvideox.runtime.metrics import MOTION, keep_records
 from cogvideox.runtime.resume import as_written_now
-from cogvideox.runtime.run import Run, with_peaks
+from cogvideox.runtime.run import METRICS_NAME, Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
@@ -187,7 +188,7 @@ class Validator:
         return decoding_attempts(*PUBLISHED, tiled=self.flags.enable_tiling)
 
     def set_aside_stale(self, first_step: int, total_steps: int, recipe: Mapping[str, object]) -> None:
-        """Moves outdated videos into a folder older-N, so that they are rendered again.
+        """Moves outdated videos into a folder older-N, so that they are rendered and measured again.
 
         Args:
             first_step: The step from which the run continues. Later videos are outdated if the number of steps, and
@@ -212,6 +213,10 @@ class Validator:
             repeats_none = previous == settings or first_step == total_steps
             last_good = (math.inf if repeats_none else first_step) if same_recipe else -1
             stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
+            # Their numbers go first. If the process is killed before the videos are moved, the next run moves them.
+            steps = {int(video.name[5:11]) for video in stale}
+            metrics = self.run.output_dir / METRICS_NAME
+            keep_records(metrics, lambda record: MOTION not in record or record["step"] not in steps)
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
             for video in stale:
                 older.mkdir(exist_ok=True)

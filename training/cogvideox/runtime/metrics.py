@@ -6,12 +6,16 @@ they were measured on the same grid of clips, timesteps and noises; ``of_grid`` 
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cogvideox.files import write_atomically
+
 GRID = "held_out_grid"  # fingerprint of the clips and noises of the held-out loss; older versions did not write it
+MOTION = "validation_motion"  # every record with the numbers of validation videos has it
 BY_TIMESTEP = "held_out_by_timestep"  # mean losses in equal parts of the noise schedule, least noise first
 
 MetricRecords = list[dict[str, Any]]  # lines of metrics.jsonl
@@ -28,6 +32,13 @@ def read_records(metrics: Path) -> MetricRecords:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
+
+
+def keep_records(metrics: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes the records that are not wanted from metrics.jsonl, and lines that are not complete."""
+    if metrics.is_file():
+        kept = filter(wanted, read_records(metrics))
+        write_atomically(metrics, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
 
 
 def of_grid(records: MetricRecords, grid: str | None) -> MetricRecords:

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from cogvideox.files import write_atomically
-from cogvideox.runtime.metrics import MetricRecords, by_grid, column, read_records
+from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, read_records
 
 REPORT_NAME, TEMPLATE = "report.html", Path(__file__).with_suffix(".html")
 VIDEO_NAME = re.compile(r"step-(\d{6})_prompt-(\d+)_.*_(\d+)\.mp4")
@@ -288,8 +288,8 @@ def held_out_table(run: RunFiles) -> str:
 
 def health_table(run: RunFiles) -> str:
     """Returns brightness, saturation and motion of the validation videos by step, which health.py explains."""
-    names = ("validation_brightness", "validation_saturation", "validation_motion", "validation_motion_ratio")
-    measured = [record for record in run.records if "validation_motion" in record]
+    names = ("validation_brightness", "validation_saturation", MOTION, "validation_motion_ratio")
+    measured = [record for record in run.records if MOTION in record]
     head = ("step", "brightness", "saturation", "motion", "motion / that of the training clips")
     return table(head, [(record["step"], *(record.get(name, "") for name in names)) for record in measured])
 

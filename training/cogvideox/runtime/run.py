@@ -41,6 +41,7 @@ from cogvideox.locks import STALE, HeldError, Lock, take_later
 from cogvideox.optimizer.shard_files import Outcome, raise_errors
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
+from cogvideox.runtime.metrics import keep_records
 from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
 from cogvideox.runtime.startup import Startup
 
@@ -387,19 +388,14 @@ class Metrics:
         )
         self.forget_peaks()
         if run.is_main:
-            self._keep_until(first_step if first_step < total_steps else math.inf)
+            last = first_step if first_step < total_steps else math.inf  # later steps will be repeated
+            keep_records(self.path, lambda record: last > 0 and record["step"] <= last)
 
     def forget_peaks(self) -> None:
         """Resets the memory peaks, so that they do not include encoding and checks before training."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-    def _keep_until(self, step: float) -> None:
-        """Removes the lines of steps that will be repeated from metrics.jsonl."""
-        if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
-            write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def of_rank(self) -> RankNumbers:
         """Returns the numbers of this rank for the step whose gradients have been computed."""
@@ -484,11 +480,3 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
 def finite(value: float) -> float | None:
     """Returns the number, or None if it is infinite or NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None
-
-
-def finished_by(line: str, step: float) -> bool:
-    """Returns whether a line of metrics.jsonl is complete and belongs to a step up to ``step``."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
