@@ -13,6 +13,7 @@ from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cogvideox.config.lora_file import FOLDED_ROUNDED
 from cogvideox.export import card, publish
 from cogvideox.export.card import CARD_NAME
 from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare_outputs, preserves_effect
@@ -114,6 +115,26 @@ def test_weights_that_reload_differently_are_not_published(
     assert not (output / INFERENCE_NAME).exists()
     assert train(flags) == 0  # The checkpoint is complete, so only the result is written again.
     assert json.loads((output / RECIPE_NAME).read_text())["verification"]["max_difference"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*inconsistency was discovered")
+@pytest.mark.parametrize(
+    "variant", ["bf16", "fp16", "bf16 --use_dora", "bf16 --init_lora_weights pissa", "bf16 --plan lean"]
+)
+def test_a_scale_that_is_folded_with_rounding_is_published_in_16_bits(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Rounding changes the output by more than a hundredth of what little training has changed."""
+    scale = ("--lora_alpha", 3, "--fold_lora_scale", "--mixed_precision", *variant.split())
+    flags = lora_flags(model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 2, *scale)
+    with monkeypatch.context() as patch:
+        after_writing(lambda path: rewrite(path, True, 1.1))(patch)
+        with pytest.raises(RuntimeError, match=f"{WEIGHTS}: reloaded, it gives another output"):
+            train(flags)
+    assert train(flags) == 0
+    recipe = json.loads((tmp_path / RECIPE_NAME).read_text())
+    assert recipe["lora_scale_folded"] == FOLDED_ROUNDED
+    assert 0 < recipe["verification"]["max_difference"] < 0.05
 
 
 def test_rewritten_equal_weights_are_published(

@@ -284,9 +284,17 @@ class Lora:
         metadata = {CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True)}
         metadata |= {TRAINING_KEY: json.dumps(asdict(training))}
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{TRANSFORMER_PREFIX}{name}": tensor for name, tensor in state.items()}
-        write(folder / WEIGHTS_NAME, pieces_of(tensors), metadata)
+        write(folder / WEIGHTS_NAME, pieces_of(with_prefix(state)), metadata)
         return {"lora_scale": training.scale, "lora_scale_folded": folded}
+
+    def load_folded(self, pipeline: Any) -> None:
+        """Replaces the trained LoRA by the matrices that ``export`` writes if it folds the scale with rounding.
+
+        The pipeline's own loader gets them from memory, without a file.
+        """
+        state, _ = fold_scale(self.state(), self.scaling().scale, rounded=True)
+        self.transformer.delete_adapters(ADAPTER)
+        pipeline.load_lora_weights(with_prefix(state), adapter_name=ADAPTER)
 
     def reload(self, pipeline: Any, folder: Path) -> None:
         """Deletes the trained LoRA and loads the saved one with the pipeline's own loader."""
@@ -421,6 +429,11 @@ def load_values(transformer: Any, values: dict[str, Tensor]) -> None:
         raise RuntimeError(f"the weights differ in name or shape: {first_of(different)}")
     for name, tensor in own.items():
         tensor.copy_(values[name])
+
+
+def with_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns matrices by the names that diffusers gives them."""
+    return {f"{TRANSFORMER_PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
 def load_saved(pipeline: Any, folder: Path) -> None:
