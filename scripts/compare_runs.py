@@ -118,10 +118,10 @@ def compare(folders: Sequence[Path], target: Path, embed: bool) -> None:
     """Writes the page that compares several runs."""
     runs, names = [RunFiles(folder) for folder in folders], names_of(folders)
     grid, flags = VideoGrid(Sources(target.parent, embed)), different_flags(runs)
-    shown = dict.fromkeys((run.prompt(prompt), number) for run in runs for prompt, number in run.videos)
+    shown = dict.fromkeys((run.prompt(prompt), run.image(prompt), n) for run in runs for prompt, n in run.videos)
     rows = [
-        grid.add(text, [(name, videos_of(run, text, number)) for run, name in zip(runs, names, strict=True)])
-        for text, number in shown
+        grid.add(text, [(name, videos_of(run, text, image, n)) for run, name in zip(runs, names, strict=True)])
+        for text, image, n in shown
     ]
     picture = base64.b64encode(png(curves(runs, names))).decode()
     head = ("run", "steps", "loss, last tenth", "best held-out loss", "seconds a step", *flags)
@@ -135,9 +135,10 @@ def compare(folders: Sequence[Path], target: Path, embed: bool) -> None:
     )
 
 
-def videos_of(run: RunFiles, prompt: str, number: int) -> dict[int, Path]:
-    """Returns the videos of a prompt by step; runs may have their prompts in different order."""
-    found = (videos for (index, n), videos in run.videos.items() if (run.prompt(index), n) == (prompt, number))
+def videos_of(run: RunFiles, prompt: str, image: str | None, number: int) -> dict[int, Path]:
+    """Returns the videos of a prompt and image by step; runs may have their prompts in different order."""
+    wanted = (prompt, image, number)
+    found = (videos for (index, n), videos in run.videos.items() if (run.prompt(index), run.image(index), n) == wanted)
     return next(found, {})
 
 

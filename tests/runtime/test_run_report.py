@@ -102,6 +102,19 @@ def test_a_comparison_has_no_panel_or_column_for_what_no_run_measured(tmp_path: 
     assert heads == ["run", "steps", "loss, last tenth", "seconds a step", "learning_rate"]
 
 
+def test_a_comparison_shows_each_image_of_a_prompt(tmp_path: Path) -> None:
+    """Both runs begin videos of one prompt with two images, in different order."""
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run, images in zip(runs, (["cat", "dog"], ["dog", "cat"]), strict=True):
+        settings = {"prompts": [PROMPT, PROMPT], "validation": {"images": images}}
+        (run / "validation" / "settings.json").write_text(json.dumps(settings))
+    target = tmp_path / "compare.html"
+    assert compare_runs.main([*map(str, runs), "--output", str(target)]) == 0
+    data = json.loads(target.read_text().partition('id="videos">')[2].partition("</script>")[0])
+    shown = [[unquote(cell["4"]).partition("_")[2][:8] for cell in row] for row in data["rows"]]
+    assert shown == [["prompt-0", "prompt-1"], ["prompt-1", "prompt-0"]]
+
+
 def test_flags_are_shown_as_they_are_typed() -> None:
     values = (["49x480x720", "1x480x720"], None, 0.5, "a prompt")
     assert [*map(compare_runs.as_typed, values)] == ["49x480x720 1x480x720", "", "0.5", "a prompt"]

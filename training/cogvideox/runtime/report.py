@@ -81,6 +81,13 @@ class RunFiles:
         return found if isinstance(found, list) else []
 
     @cached_property
+    def images(self) -> list[str]:
+        """Returns the hashes of the images that the videos of the prompts begin with; empty for text-to-video."""
+        flags = self._json("validation/settings.json").get("validation", {})
+        found = flags.get("images", []) if isinstance(flags, dict) else []
+        return found if isinstance(found, list) else []
+
+    @cached_property
     def videos(self) -> dict[tuple[int, int], dict[int, Path]]:
         """Returns the validation videos by step, for each pair (number of the prompt, number of the video)."""
         found: dict[tuple[int, int], dict[int, Path]] = {}
@@ -93,6 +100,10 @@ class RunFiles:
     def prompt(self, number: int) -> str:
         """Returns the text of a prompt."""
         return self.prompts[number] if number < len(self.prompts) else f"prompt {number}"
+
+    def image(self, number: int) -> str | None:
+        """Returns the hash of a prompt's image, or None if it has none."""
+        return self.images[number] if number < len(self.images) else None
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
