@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
 from cogvideox.files import write_atomically
 from cogvideox.runtime.curves import MIN_WINDOW, png, running_mean, thinned
-from cogvideox.runtime.metrics import column
+from cogvideox.runtime.metrics import column, grid_of
 from cogvideox.runtime.report import (
     REPORT_NAME,
     RunFiles,
@@ -38,6 +38,8 @@ from cogvideox.runtime.report import (
 )
 
 LAST_SHARE = 10  # the loss that is shown is the mean of the last tenth of the steps
+GRID_HEAD = "held-out grid"  # the head of the column, and a word of the legend
+OTHER_GRIDS = "Held-out losses can be compared only if their held-out grid, that is clips and --seed, is the same."
 WHERE = ("output_dir", "tracker_name", "logging_dir")  # flags that differ between any two runs
 
 
@@ -68,10 +70,20 @@ def different_flags(runs: Sequence[RunFiles]) -> list[str]:
     return [name for name in every if name not in WHERE and any(v.get(name) != flags[0].get(name) for v in flags)]
 
 
+def grid_numbers(runs: Sequence[RunFiles]) -> list[str]:
+    """Returns the number of each run's held-out grid, counted from 1; empty texts if no two grids differ.
+
+    A grid consists of clips, timesteps and noises. Losses that were measured on different grids cannot be compared.
+    """
+    grids = [grid_of(run.held_out[-1]) if run.held_out else "" for run in runs]
+    different = [grid for grid in dict.fromkeys(grids) if grid != ""]
+    return [str(different.index(grid) + 1) if grid != "" and len(different) > 1 else "" for grid in grids]
+
+
 def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]) -> list[tuple[object, ...]]:
     """Returns a row of the table for each run: name, steps, losses, costs and different flags."""
     rows = []
-    for run, name in zip(runs, names, strict=True):
+    for run, name, grid in zip(runs, names, grid_numbers(runs), strict=True):
         steps, losses = column(run.records, "loss")
         last = f"{losses[-max(1, len(losses) // LAST_SHARE) :].mean():.5f}" if len(losses) else ""
         best = min(run.held_out, key=lambda record: float(record["held_out_loss"]), default=None)
@@ -79,7 +91,7 @@ def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]
         _, seconds = column(run.records, "seconds")
         median = f"{np.median(seconds):.3f}" if len(seconds) else ""
         values = [as_typed(run.config.get("flags", {}).get(flag)) for flag in flags]
-        rows.append((name, int(steps[-1]) if len(steps) else 0, last, held_out, median, *values))
+        rows.append((name, int(steps[-1]) if len(steps) else 0, last, held_out, grid, median, *values))
     return rows
 
 
@@ -98,9 +110,10 @@ def curves(runs: Sequence[RunFiles], names: Sequence[str]) -> Any:
     panels = 2 if any(run.held_out for run in runs) else 1
     figure = Figure(figsize=(12, 4 * panels), layout="constrained", facecolor="white")
     training, *measuring = figure.subplots(panels, 1, sharex=True, squeeze=False).flat
-    for run, name in zip(runs, names, strict=True):
+    for run, name, grid in zip(runs, names, grid_numbers(runs), strict=True):
         steps, losses = column(run.records, "loss")
-        training.plot(*thinned(steps, running_mean(losses, max(MIN_WINDOW, len(losses) // LAST_SHARE))), label=name)
+        means = running_mean(losses, max(MIN_WINDOW, len(losses) // LAST_SHARE))
+        training.plot(*thinned(steps, means), label=f"{name}, {GRID_HEAD} {grid}" if grid else name)
         for axes in measuring:
             measured, values = column(run.held_out, "held_out_loss")
             errors = [record.get("held_out_error") or 0.0 for record in run.held_out if record["step"] in measured]
@@ -124,15 +137,14 @@ def compare(folders: Sequence[Path], target: Path, embed: bool) -> None:
         for text, image, n in shown
     ]
     picture = base64.b64encode(png(curves(runs, names))).decode()
-    head = ("run", "steps", "loss, last tenth", "best held-out loss", "seconds a step", *flags)
+    head = ("run", "steps", "loss, last tenth", "best held-out loss", GRID_HEAD, "seconds a step", *flags)
     sections = [
         section("Runs", table(head, rows_of(runs, names, flags))),
         section("Curves", f'<img src="data:image/png;base64,{picture}" alt="losses of all runs">'),
         section("Validation videos", grid.slider() if rows else "", *rows),
     ]
-    write_atomically(
-        target, page(f"{len(runs)} runs", "Flags that are equal in all runs are left out.", sections, grid)
-    )
+    summary = "Flags that are equal in all runs are left out." + (f" {OTHER_GRIDS}" if any(grid_numbers(runs)) else "")
+    write_atomically(target, page(f"{len(runs)} runs", summary, sections, grid))
 
 
 def videos_of(run: RunFiles, prompt: str, image: str | None, number: int) -> dict[int, Path]:

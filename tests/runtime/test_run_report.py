@@ -102,6 +102,26 @@ def test_a_comparison_has_no_panel_or_column_for_what_no_run_measured(tmp_path: 
     assert heads == ["run", "steps", "loss, last tenth", "seconds a step", "learning_rate"]
 
 
+def test_a_comparison_tells_held_out_losses_of_other_clips_apart(tmp_path: Path) -> None:
+    """The second run measures the loss on other clips than the first and the third; the fourth measures none."""
+    runs = [make_run(tmp_path / name) for name in "abcd"]
+    target = tmp_path / "compare.html"
+    assert compare_runs.main([*map(str, runs), "--output", str(target)]) == 0
+    assert "held-out grid" not in target.read_text()
+    for run, grid in ((runs[1], '"held_out_grid": "b"'), (runs[3], '"no_grid": "a"')):
+        lines = (run / "metrics.jsonl").read_text().replace('"held_out_grid": "a"', grid)
+        lines = lines.replace("held_out_loss", "other_loss") if run == runs[3] else lines
+        (run / "metrics.jsonl").write_text(lines)
+    assert compare_runs.main([*map(str, runs), "--output", str(target)]) == 0
+    page = target.read_text()
+    assert "<th>best held-out loss</th><th>held-out grid</th>" in page
+    assert re.findall(r"<td>0.50000 at step 4</td><td>(\d)</td>", page) == ["1", "2", "1"]
+    assert compare_runs.OTHER_GRIDS in page
+    training = compare_runs.curves(list(map(RunFiles, runs)), list("abcd")).axes[0]
+    shown = [text.get_text() for text in training.get_legend().get_texts()]
+    assert shown == ["a, held-out grid 1", "b, held-out grid 2", "c, held-out grid 1", "d"]
+
+
 def test_a_comparison_shows_each_image_of_a_prompt(tmp_path: Path) -> None:
     """Both runs begin videos of one prompt with two images, in different order."""
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
