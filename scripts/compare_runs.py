@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
 from cogvideox.files import write_atomically
 from cogvideox.runtime.curves import MIN_WINDOW, png, running_mean, thinned
-from cogvideox.runtime.metrics import column, grid_of
+from cogvideox.runtime.metrics import column, grid_of, is_finite
 from cogvideox.runtime.report import (
     REPORT_NAME,
     RunFiles,
@@ -86,12 +86,12 @@ def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]
     for run, name, grid in zip(runs, names, grid_numbers(runs), strict=True):
         steps, losses = column(run.records, "loss")
         last = f"{losses[-max(1, len(losses) // LAST_SHARE) :].mean():.5f}" if len(losses) else ""
-        best = min(run.held_out, key=lambda record: float(record["held_out_loss"]), default=None)
-        held_out = f"{best['held_out_loss']:.5f} at step {best['step']}" if best else ""
+        measured, values = column(run.held_out, "held_out_loss")
+        best = f"{values.min():.5f} at step {int(measured[values.argmin()])}" if len(values) else ""
         _, seconds = column(run.records, "seconds")
         median = f"{np.median(seconds):.3f}" if len(seconds) else ""
-        values = [as_typed(run.config.get("flags", {}).get(flag)) for flag in flags]
-        rows.append((name, int(steps[-1]) if len(steps) else 0, last, held_out, grid, median, *values))
+        typed = [as_typed(run.config.get("flags", {}).get(flag)) for flag in flags]
+        rows.append((name, int(steps[-1]) if len(steps) else 0, last, best, grid, median, *typed))
     return rows
 
 
@@ -116,7 +116,9 @@ def curves(runs: Sequence[RunFiles], names: Sequence[str]) -> Any:
         training.plot(*thinned(steps, means), label=f"{name}, {GRID_HEAD} {grid}" if grid else name)
         for axes in measuring:
             measured, values = column(run.held_out, "held_out_loss")
-            errors = [record.get("held_out_error") or 0.0 for record in run.held_out if record["step"] in measured]
+            errors = [
+                record.get("held_out_error") or 0.0 for record in run.held_out if is_finite(record["held_out_loss"])
+            ]
             axes.errorbar(measured, values, errors or None, marker="o", capsize=4, label=name)
             axes.set_ylabel("held-out loss ± standard error")
     training.set_ylabel("training loss, running mean")

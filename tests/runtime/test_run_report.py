@@ -102,6 +102,20 @@ def test_a_comparison_has_no_panel_or_column_for_what_no_run_measured(tmp_path: 
     assert heads == ["run", "steps", "loss, last tenth", "seconds a step", "learning_rate"]
 
 
+def test_a_held_out_loss_that_is_not_finite_is_shown(tmp_path: Path) -> None:
+    """metrics.jsonl has null for NaN, which the loss is of weights that have diverged."""
+    run = make_run(tmp_path / "run")
+    diverged = {"held_out_loss": None, "held_out_error": None, "held_out_grid": "a"}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, **diverged, "held_out_by_timestep": [0.5, None]}) + "\n")
+    page = write_report(run).read_text()
+    assert "held-out loss not finite; " in page
+    assert "<td>6</td><td>not finite</td><td>0.5000</td><td>not finite</td>" in page
+    target = tmp_path / "compare.html"
+    assert compare_runs.main([str(run), str(make_run(tmp_path / "other")), "--output", str(target)]) == 0
+    assert target.read_text().count("<td>0.50000 at step 4</td>") == 2
+
+
 def test_a_comparison_tells_held_out_losses_of_other_clips_apart(tmp_path: Path) -> None:
     """The second run measures the loss on other clips than the first and the third; the fourth measures none."""
     runs = [make_run(tmp_path / name) for name in "abcd"]

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from cogvideox.files import write_atomically
-from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, read_records
+from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, is_finite, read_records
 
 REPORT_NAME, TEMPLATE = "report.html", Path(__file__).with_suffix(".html")
 VIDEO_NAME = re.compile(r"step-(\d{6})_prompt-(\d+)_.*_(\d+)\.mp4")
@@ -279,9 +279,14 @@ def summary_of(run: RunFiles) -> str:
     total = flags.get("max_train_steps")
     parts = [f"{done} of {total} optimizer steps" if total else f"{done} optimizer steps"]
     if run.held_out:
-        parts.append(f"held-out loss {run.held_out[-1]['held_out_loss']:.5f}")
+        parts.append(f"held-out loss {fixed(run.held_out[-1]['held_out_loss'], 5)}")
     parts.append("exported" if run.recipe else "not exported yet")
     return "; ".join(parts)
+
+
+def fixed(value: object, digits: int) -> str:
+    """Returns a number of metrics.jsonl with that many digits; null stands for one that is infinite or NaN."""
+    return f"{value:.{digits}f}" if is_finite(value) else "not finite"
 
 
 def held_out_table(run: RunFiles) -> str:
@@ -289,8 +294,8 @@ def held_out_table(run: RunFiles) -> str:
     rows = []
     for record in run.held_out:
         error, parts = record.get("held_out_error"), record.get("held_out_by_timestep") or []
-        loss = f"{record['held_out_loss']:.5f}" + (f" ± {error:.5f}" if error is not None else "")
-        rows.append((record["step"], loss, *(f"{value:.4f}" for value in parts)))
+        loss = fixed(record["held_out_loss"], 5) + (f" ± {error:.5f}" if error is not None else "")
+        rows.append((record["step"], loss, *(fixed(value, 4) for value in parts)))
     parts = max((len(row) - 2 for row in rows), default=0)
     return table(("step", "loss", *(f"part {n + 1}" for n in range(parts))), rows) + (
         "<p>Part 1 of the noise schedule has the least noise.</p>" if parts else ""
