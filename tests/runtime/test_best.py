@@ -16,7 +16,7 @@ from running import PROMPT, equal, lora_flags, train, weights
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut
 from cogvideox.runtime import best as best_module
-from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of, not_better
+from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of, harm, losses_on_grid, not_better
 from cogvideox.runtime.checkpoint_files import checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import GRID, column, read_records
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
@@ -369,3 +369,11 @@ def test_measurements_that_cannot_be_exported_are_reported(
 )
 def test_measurements_that_are_not_better(measured: dict[float, float], last: int, count: int) -> None:
     assert not_better(measured, last) == count
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_all_others(tmp_path: Path) -> None:
+    best = BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True, grid="g")
+    measured(tmp_path, {0: 0.5, 2: 0.3, 4: None, 6: None})
+    assert best.has_worsened(6, 2)
+    assert not best.has_worsened(6, 3)
+    assert str(harm(losses_on_grid(tmp_path, "g"), 6)).startswith("the result has a held-out loss of inf, more than")

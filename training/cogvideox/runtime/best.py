@@ -6,6 +6,7 @@ kill at any moment, in a resumed run, and in a run that returns to an earlier ch
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -14,7 +15,7 @@ from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.checkpoint_files import CHECKPOINT_PREFIX, checkpoints, damage_of, step_of
-from cogvideox.runtime.metrics import column, of_grid, read_records
+from cogvideox.runtime.metrics import column, is_finite, of_grid, read_records
 from cogvideox.runtime.resume import StartPoint
 from cogvideox.runtime.run import METRICS_NAME
 
@@ -30,9 +31,10 @@ class BestEntry(TypedDict):
 
 
 def losses_on_grid(output_dir: Path, grid: str) -> dict[float, float]:
-    """Returns, by step, the held-out losses of a run that were measured on a grid."""
+    """Returns, by step, the held-out losses of a run that were measured on a grid; infinity in place of NaN."""
     records = of_grid(read_records(output_dir / METRICS_NAME), grid)
-    return dict(zip(*column(records, "held_out_loss"), strict=True))
+    losses = ((record["step"], record["held_out_loss"]) for record in records)
+    return {step: loss if is_finite(loss) else math.inf for step, loss in losses}
 
 
 def not_comparable(output_dir: Path, grid: str) -> list[int]:
@@ -50,7 +52,7 @@ def best_of(output_dir: Path, last: int, grid: str) -> BestEntry | None:
         last: The step after which checkpoints are ignored.
         grid: The fingerprint of the grid on which the loss must have been measured.
     """
-    measured = losses_on_grid(output_dir, grid)
+    measured = {step: loss for step, loss in losses_on_grid(output_dir, grid).items() if math.isfinite(loss)}
     steps = [step for step in map(step_of, checkpoints(output_dir)) if step <= last and step in measured]
     if not steps:
         return None
