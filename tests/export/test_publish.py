@@ -13,7 +13,7 @@ from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogvideox.config.lora_file import FOLDED_ROUNDED
+from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED
 from cogvideox.export import card, publish
 from cogvideox.export.card import CARD_NAME
 from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare_outputs, preserves_effect
@@ -135,6 +135,15 @@ def test_a_scale_that_is_folded_with_rounding_is_published_in_16_bits(
     recipe = json.loads((tmp_path / RECIPE_NAME).read_text())
     assert recipe["lora_scale_folded"] == FOLDED_ROUNDED
     assert 0 < recipe["verification"]["max_difference"] < 0.05
+
+
+def test_a_lora_that_is_tiny_in_fp16_is_published(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Products of matrices below 6e-5 lose bits in fp16, so they differ if a scale of 2 is multiplied in before."""
+    rate = ("--lora_alpha", 8, "--learning_rate", 1e-5, "--mixed_precision", "fp16")
+    assert train(lora_flags(model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 2, *rate)) == 0
+    recipe = json.loads((tmp_path / RECIPE_NAME).read_text())
+    assert recipe["lora_scale_folded"] == FOLDED_EXACTLY
+    assert 0 < recipe["verification"]["max_difference"] < 0.01
 
 
 def test_rewritten_equal_weights_are_published(

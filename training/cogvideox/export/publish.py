@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cogvideox.config.args import config_dict
 from cogvideox.config.geometry import saves_pipeline
-from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
+from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
@@ -79,8 +79,10 @@ def publish(
         about = write_weights(method, folder)
         if about.get("lora_scale_folded") == NOT_FOLDED and about["lora_scale"] != 1:
             run.say(scale_warning(about["lora_scale"]))
-        rounded = about.get("lora_scale_folded") == FOLDED_ROUNDED
-        verification = verify(run, task, method, collate([dataset[Visit(0, 0)]]), base_precision(options), rounded)
+        folded = about.get("lora_scale_folded")
+        # A power of two is folded exactly, but rounds the products of a LoRA that are too small for fp16.
+        rounds = folded == FOLDED_ROUNDED or (folded == FOLDED_EXACTLY and run.dtype == torch.float16)
+        verification = verify(run, task, method, collate([dataset[Visit(0, 0)]]), base_precision(options), rounds)
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         if validator.whole_fps != validator.fps:
             why = f"because diffusers takes whole numbers only; validation videos have {validator.fps:g}"
@@ -133,12 +135,12 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
     return about
 
 
-def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, rounded: bool) -> dict[str, float]:
+def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, rounds: bool) -> dict[str, float]:
     """Checks that the weights in the output folder compute what was trained.
 
     The transformer's output is computed four times: as trained, after reloading the weights, without training, and by
-    diffusers alone in a new transformer. If a scale was folded with rounding, the reloaded weights are compared with
-    the rounded ones in memory, because rounding may change the output as much as little training does.
+    diffusers alone in a new transformer. If folding a scale rounds, the reloaded weights are compared with the folded
+    ones in memory, because rounding may change the output as much as little training does.
 
     Args:
         run: The processes and the output folder.
@@ -146,7 +148,7 @@ def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, r
         method: What was trained.
         batch: The training sample on which outputs are compared.
         precision: In which precision training computed the weights that were not trained.
-        rounded: Whether the weights in the folder are those of a LoRA whose scale was folded with rounding.
+        rounds: Whether the weights in the folder are those of a LoRA whose scale was folded, which may round.
 
     Returns:
         The differences, for recipe.json.
@@ -156,7 +158,7 @@ def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, r
     """
     folder = run.output_dir
     before = written = compute_output(task, method.transformer, batch, run)
-    if rounded and isinstance(method, Lora):
+    if rounds and isinstance(method, Lora):
         method.load_folded(pipeline_with(task, method.transformer))
         written = compute_output(task, method.transformer, batch, run)
     after = compute_reloaded_output(method, folder, task, batch, run)

@@ -288,7 +288,7 @@ class Lora:
         return {"lora_scale": training.scale, "lora_scale_folded": folded}
 
     def load_folded(self, pipeline: Any) -> None:
-        """Replaces the trained LoRA by the matrices that ``export`` writes if it folds the scale with rounding.
+        """Replaces the trained LoRA by the matrices that ``export`` writes if it folds the scale into them.
 
         The pipeline's own loader gets them from memory, without a file.
         """
