@@ -423,6 +423,11 @@ UNFIT = {
         f"--optimizer_args decoupled_weight_decay=yes: {NOT_LITERAL}",
         "--optimizer_args eps=True: takes a number",
     ],
+    "torch.optim.RAdam --weight_decay 0.1 --beta1 0.5 --optimizer_args weight_decay=1 betas=(0.3,0.4) eps=1e-3 eps=1": [
+        "--optimizer_args weight_decay=1: weight_decay is set twice; set it once, here or by its own flag",
+        "--optimizer_args betas=(0.3,0.4): betas is set twice; set it once, here or by its own flag",
+        "--optimizer_args eps=1: eps is set twice; set it once, here or by its own flag",
+    ],
     "torch.optim.RAdam --optimizer_args betas=(0.9,2.0)": [
         "--optimizer torch.optim.RAdam: Invalid beta parameter at index 1: 2.0; see --optimizer_args",
     ],

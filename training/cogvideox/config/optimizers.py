@@ -114,16 +114,19 @@ def named_class(name: str) -> Any:
 
 
 def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
-    """Returns the constructor arguments that the flags set. --optimizer_args override other flags.
+    """Returns the constructor arguments that the flags set.
 
     Raises:
-        UsageError: The constructor does not have an argument, or needs another type. The error has all such problems.
+        UsageError: The constructor does not have an argument, or needs another type, or two flags set it. The error has
+            all such problems.
     """
     taken = inspect.signature(kind).parameters
     problems: list[str] = []
     arguments = dict(shared_arguments(taken, flags, problems))
     for text in flags.optimizer_args:
         key, _, value = text.partition("=")
+        if key in arguments:
+            problems.append(f"--optimizer_args {text}: {key} is set twice; set it once, here or by its own flag")
         try:
             arguments[key] = typed_argument(taken, key, value)
         except UsageError as error:
