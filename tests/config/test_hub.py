@@ -318,10 +318,13 @@ def test_a_card_that_the_hub_does_not_take(hub: StandIn, folder: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_reached(hub: StandIn, folder: Path) -> None:
-    """huggingface_hub closes its client when a connection fails, even if another thread is sending a file by it."""
+    """huggingface_hub closes its client when a connection fails, even if another thread is sending a file by it.
+
+    It also sets its client to None, so another thread that has just created a client may get None in its place.
+    """
     hub.close("storage")
     text = unsent(folder)
-    assert "refused" in text or "closed" in text
+    assert any(reason in text for reason in ("refused", "closed", "'NoneType' object has no attribute 'request'"))
     assert hub.asked("objects/batch") == 1 + len(NOW)
 
 
