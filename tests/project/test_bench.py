@@ -365,7 +365,7 @@ def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * arms.GIB)
     freed = []
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: freed.append("pinned"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: freed.append("pinned"), raising=False)
     with pytest.raises(RuntimeError, match=r"3\.00 GiB of the previous arm"):
         arms.make_room(torch.device("cuda"))
     monkeypatch.delattr(torch.accelerator, "empty_host_cache")  # as in older versions
