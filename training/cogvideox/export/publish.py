@@ -22,6 +22,7 @@ from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDE
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
+from cogvideox.errors import UsageError
 from cogvideox.evaluation.validation import Validator, evaluation_mode
 from cogvideox.export.card import write_card
 from cogvideox.export.inference_code import inference_script
@@ -155,9 +156,14 @@ def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, r
 
     Raises:
         RuntimeError: The reloaded weights, or diffusers alone, give another output than the trained weights.
+        UsageError: The output of the trained weights is not finite.
     """
     folder = run.output_dir
     before = written = compute_output(task, method.transformer, batch, run)
+    if not before.isfinite().all():
+        rule = "the trained weights give NaN or infinite numbers, because training has diverged"
+        fix = "start again in another --output_dir with a lower --learning_rate"
+        raise UsageError(f"{folder / method.result}: {rule}; {fix}")
     if rounds and isinstance(method, Lora):
         method.load_folded(pipeline_with(task, method.transformer))
         written = compute_output(task, method.transformer, batch, run)
