@@ -107,6 +107,15 @@ def test_images_are_saved_as_viewers_show_them(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["image-0.png", "image-1.png"]
 
 
+def test_images_that_the_pipeline_stretches_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Videos are 96x64, so an image of 192x128 keeps its aspect ratio, and one of 64x96 does not."""
+    Image.new("RGB", (192, 128)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 96)).save(tmp_path / "b.png")
+    fetch_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png"))
+    rule = "is 64x96, and the pipeline stretches it to 96x64; crop it to the shape of 96x64"
+    assert capsys.readouterr().err.splitlines() == [f"--validation_images {tmp_path / 'b.png'}: {rule}"]
+
+
 def test_text_to_video_has_no_images(tmp_path: Path) -> None:
     options = args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
     assert fetch_images(run_alone(tmp_path / "out"), options) == []

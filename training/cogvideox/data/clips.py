@@ -195,10 +195,15 @@ def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe, section: 
     return replace(record, status=OK, available=available, content=content, cuts=cuts)
 
 
+def same_aspect(width: int, height: int, other_width: int, other_height: int) -> bool:
+    """Returns whether an image can be resized to another size without being visibly stretched."""
+    ratio = (width * other_height) / (height * other_width)
+    return max(ratio, 1 / ratio) <= IMAGE_STRETCH
+
+
 def image_refusal(clip: Source, image: Source) -> str | None:
     """Returns why the size of an image prevents it from being the first frame of a clip; None if it fits."""
-    ratio = (image.width * clip.height) / (image.height * clip.width)
-    if max(ratio, 1 / ratio) <= IMAGE_STRETCH:
+    if same_aspect(image.width, image.height, clip.width, clip.height):
         return None
     sizes = f"is {image.width}x{image.height}, but its clip is {clip.width}x{clip.height}"
     return f"{sizes}: a first frame must have the aspect ratio of its clip; crop it, or list no images"

@@ -13,8 +13,10 @@ from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import Request
 
+from cogvideox.config.flags import ValidationFlags
 from cogvideox.config.options import TrainOptions, is_url
 from cogvideox.config.prompts import images_of
+from cogvideox.data.clips import same_aspect
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.pictures import probe_picture, read_picture
 from cogvideox.errors import UsageError, public_urls
@@ -28,6 +30,8 @@ FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # limits for one image in total
 def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     """Writes OUTPUT_DIR/image-0.png and so on, one for each of --validation_images, as upright RGB.
 
+    Prints which of them will be stretched.
+
     Returns:
         The paths of the images.
 
@@ -39,8 +43,21 @@ def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     if run.is_main:
         for text, path in zip(texts, paths, strict=True):
             write_atomically(path, fetch_as_png(text, temporary_of(path)) if is_url(text) else read_as_png(Path(text)))
+            if problem := stretched(path, options.validation):
+                run.say(f"--validation_images {public_urls(text)}: {problem}")
     run.barrier()
     return paths
+
+
+def stretched(path: Path, flags: ValidationFlags) -> str | None:
+    """Returns, for a message, that the pipeline changes the aspect ratio of an image; None if it does not."""
+    info = probe_picture(path)
+    assert flags.width is not None
+    assert flags.height is not None
+    if same_aspect(info.width, info.height, flags.width, flags.height):
+        return None
+    size = f"{flags.width}x{flags.height}"
+    return f"is {info.width}x{info.height}, and the pipeline stretches it to {size}; crop it to the shape of {size}"
 
 
 def fetch_as_png(url: str, temporary: Path) -> bytes:
