@@ -72,6 +72,7 @@ def facts(**changes: Any) -> Facts:
         "pipeline": "CogVideoXPipeline",
         "dtype": "bfloat16",
         "code": Lora.inference(PLAIN, "bfloat16"),
+        "negative": "",
         "sampling": SAMPLING,
         "decoding": ["enable_tiling"],
         "fps": 8,
@@ -149,13 +150,15 @@ def test_the_page_shows_the_prompt_and_nothing_else(prompt: str) -> None:
 @pytest.mark.parametrize("prompt", HOSTILE)
 @pytest.mark.fault("security: markup and code in the prompts of a model card")
 def test_the_program_passes_the_prompt_and_nothing_else(prompt: str) -> None:
-    text = card_text(facts(videos=[Video(prompt, None, "b.mp4")]))
+    text = card_text(facts(videos=[Video(prompt, None, "b.mp4")], negative=prompt))
     (code,) = [token.content for token in tokens(text) if token.info == "python"]
     tree = ast.parse(code)
     (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
     values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    assert values == SAMPLING | {"prompt": prompt}
-    assert [type(node) for node in ast.walk(tree)] == [type(node) for node in ast.walk(ast.parse(example(facts())))]
+    assert values == SAMPLING | {"prompt": prompt, "negative_prompt": prompt}
+    plain = ast.parse(example(facts(negative="blurred")))
+    assert [type(node) for node in ast.walk(tree)] == [type(node) for node in ast.walk(plain)]
+    assert "negative_prompt" not in example(facts())
 
 
 def test_within_a_word_nothing_is_escaped() -> None:

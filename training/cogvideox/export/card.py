@@ -67,6 +67,7 @@ class Facts:
     pipeline: str
     dtype: str
     code: tuple[str, str]  # code that loads the trained weights, from method.inference()
+    negative: str  # the negative prompt; empty without one
     sampling: dict[str, Any]
     decoding: list[str]  # methods of the VAE that the flags enable
     fps: int
@@ -132,6 +133,7 @@ def write_card(
         pipeline=task.pipeline,
         dtype=dtype,
         code=method.inference(dtype),
+        negative=options.validation.negative_prompt,
         sampling=validator.sampling,
         decoding=[name for name in ("enable_slicing", "enable_tiling") if getattr(options.validation, name)],
         fps=validator.whole_fps,
@@ -280,6 +282,7 @@ def example(facts: Facts) -> str:
         arguments=[
             f"prompt={literal(prompt)},",
             *([f"image=load_image({image}),"] if is_image_task else []),
+            *([f"negative_prompt={literal(facts.negative)},"] if facts.negative else []),
             *(f"{name}={value!r}," for name, value in facts.sampling.items()),
         ],
         output=f'export_to_video(video, "output.mp4", fps={facts.fps})',
