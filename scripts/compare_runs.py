@@ -110,22 +110,25 @@ def curves(runs: Sequence[RunFiles], names: Sequence[str]) -> Any:
     panels = 2 if any(run.held_out for run in runs) else 1
     figure = Figure(figsize=(12, 4 * panels), layout="constrained", facecolor="white")
     training, *measuring = figure.subplots(panels, 1, sharex=True, squeeze=False).flat
-    for run, name, grid in zip(runs, names, grid_numbers(runs), strict=True):
+    labels = [f"{name}, {GRID_HEAD} {n}" if n else name for name, n in zip(names, grid_numbers(runs), strict=True)]
+    for run in runs:
         steps, losses = column(run.records, "loss")
         means = running_mean(losses, max(MIN_WINDOW, len(losses) // LAST_SHARE))
-        training.plot(*thinned(steps, means), label=f"{name}, {GRID_HEAD} {grid}" if grid else name)
+        training.plot(*thinned(steps, means))
         for axes in measuring:
             measured, values = column(run.held_out, "held_out_loss")
             errors = [
                 record.get("held_out_error") or 0.0 for record in run.held_out if is_finite(record["held_out_loss"])
             ]
-            axes.errorbar(measured, values, errors or None, marker="o", capsize=4, label=name)
+            axes.errorbar(measured, values, errors or None, marker="o", capsize=4)
             axes.set_ylabel("held-out loss ± standard error")
     training.set_ylabel("training loss, running mean")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.axes[-1].set_xlabel("optimizer step")
-    training.legend()
+    # The labels are given here, because a label of a line is left out if it starts with an underscore.
+    for text in training.legend(training.lines, labels).get_texts():
+        text.set_parse_math(False)
     return figure
 
 

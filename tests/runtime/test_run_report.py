@@ -149,6 +149,14 @@ def test_a_comparison_shows_each_image_of_a_prompt(tmp_path: Path) -> None:
     assert shown == [["prompt-0", "prompt-1"], ["prompt-1", "prompt-0"]]
 
 
+def test_the_legend_has_every_name(tmp_path: Path) -> None:
+    """Matplotlib leaves out labels that start with an underscore, and reads formulas between dollars."""
+    names = ["_first", "$second\\b$", "third_"]
+    figure = compare_runs.curves([RunFiles(make_run(tmp_path / name)) for name in names], names)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
+    assert compare_runs.png(figure)
+
+
 def test_flags_are_shown_as_they_are_typed() -> None:
     values = (["49x480x720", "1x480x720"], None, 0.5, "a prompt")
     assert [*map(compare_runs.as_typed, values)] == ["49x480x720 1x480x720", "", "0.5", "a prompt"]
