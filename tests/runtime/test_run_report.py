@@ -69,6 +69,8 @@ def test_a_report_says_what_the_run_did(tmp_path: Path) -> None:
     assert "caption &lt;i&gt;one&lt;/i&gt;" in page
     (run / "recipe.json").write_text('{"step": 4}')
     assert "; exported<" in write_report(run).read_text()
+    (run / "recipe.json").write_text('{"step": 2}')  # of --export_best
+    assert "4 of 4 optimizer steps; held-out loss 0.75000; step 2 is exported<" in write_report(run).read_text()
 
 
 def test_a_report_of_an_empty_folder_is_a_page(tmp_path: Path) -> None:

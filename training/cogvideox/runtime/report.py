@@ -9,6 +9,7 @@ have a slider over the steps after which they were rendered.
 
 import base64
 import json
+import math
 import mimetypes
 import os
 import re
@@ -273,14 +274,16 @@ def picture(path: Path, sources: Sources) -> str:
 
 
 def summary_of(run: RunFiles) -> str:
-    """Describes a run in one line: steps, loss, and whether stock diffusers has reproduced the result."""
+    """Describes a run in one line: steps, loss of the result, and whether stock diffusers has reproduced it."""
     flags = run.config.get("flags", {})
     done = max((record["step"] for record in run.steps), default=0)
     total = flags.get("max_train_steps")
     parts = [f"{done} of {total} optimizer steps" if total else f"{done} optimizer steps"]
-    if run.held_out:
-        parts.append(f"held-out loss {fixed(run.held_out[-1]['held_out_loss'], 5)}")
-    parts.append("exported" if run.recipe else "not exported yet")
+    result = run.recipe.get("step", math.inf)  # with --export_best, an earlier step than the last
+    if measured := [record for record in run.held_out if record["step"] <= result]:
+        parts.append(f"held-out loss {fixed(measured[-1]['held_out_loss'], 5)}")
+    exported = "exported" if result >= done else f"step {result} is exported"
+    parts.append(exported if run.recipe else "not exported yet")
     return "; ".join(parts)
 
 
