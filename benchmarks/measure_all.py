@@ -169,7 +169,8 @@ class Queue:
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end:
-                while job := self._next(end - time.monotonic()):
+                # A result is read to know its commit, so not while all GPUs are busy.
+                while self._free and (job := self._next(end - time.monotonic())):
                     self._start(job, end - time.monotonic())
                 if not self._running:
                     return
