@@ -214,9 +214,9 @@ class Validator:
             last_good = (math.inf if repeats_none else first_step) if same_recipe else -1
             stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
             # Their numbers go first. If the process is killed before the videos are moved, the next run moves them.
-            steps = {int(video.name[5:11]) for video in stale}
-            metrics = self.run.output_dir / METRICS_NAME
-            keep_records(metrics, lambda record: MOTION not in record or record["step"] not in steps)
+            if steps := {int(video.name[5:11]) for video in stale}:
+                metrics = self.run.output_dir / METRICS_NAME
+                keep_records(metrics, lambda record: MOTION not in record or record["step"] not in steps)
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
             for video in stale:
                 older.mkdir(exist_ok=True)
