@@ -1,8 +1,7 @@
 """Saves the first frame of a video or scene as a picture of a given size, cropped at the center to its aspect ratio.
 
-Image-to-video pipelines stretch a picture to the size of the video. Training with --video_reshape_mode center crops
-clips instead, so pictures for validation must be cropped in the same way. The frame is read as training reads it, so
-HDR and rotated videos work.
+The crop is that of clips in training with --video_reshape_mode center. The frame is read as training reads it, so HDR
+and rotated videos work.
 
     python examples/first_frame.py clip.mp4 clip.png --size 64x96
 """

@@ -3,8 +3,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cogvideox.data.media.transforms import Fit, apply_fit, fit, resize_factor, stretch
+from cogvideox.data.media.transforms import Fit, apply_fit, fit, fit_image, resize_factor, stretch
 
 SIZES = [(720, 1280, 480, 720), (1280, 720, 480, 720), (480, 720, 480, 720), (33, 1001, 64, 64), (100, 150, 480, 720)]
 
@@ -89,3 +90,27 @@ def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(num_frames, flip):
 def test_apply_fit_checks_the_size(shape):
     with pytest.raises(ValueError, match="expected"):
         apply_fit(np.zeros(shape, np.uint8), Fit(20, 30, 0, 0, 10, 10, False))
+
+
+@pytest.mark.parametrize(
+    ("image", "video", "box"),
+    [
+        ((200, 100), (100, 100), (50, 0, 150, 100)),
+        ((100, 200), (100, 100), (0, 50, 100, 150)),
+        ((64, 96), (96, 64), (0, 26, 64, 69)),
+        ((1000, 1), (32, 96), (499, 0, 500, 1)),
+    ],
+)
+def test_an_image_of_another_shape_loses_its_edges(image, video, box):
+    noise = Image.effect_noise(image, 100)
+    fitted, note = fit_image(noise, *video, crop=True, tolerance=1.03)
+    assert fitted.tobytes() == noise.crop(box).tobytes()
+    assert f"{fitted.width}x{fitted.height}" in note
+    assert fit_image(noise, *video, crop=False, tolerance=1.03)[0] is noise
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_an_image_of_nearly_the_same_shape_is_left_alone(crop):
+    image = Image.new("RGB", (1920, 1080))
+    assert fit_image(image, 1360, 768, crop, tolerance=1.03) == (image, None)
+    assert fit_image(image, 720, 480, crop, tolerance=1.03)[1] is not None

@@ -27,11 +27,11 @@ from cogvideox.evaluation import images
 from cogvideox.evaluation.images import fetch_images
 
 
-def options_of(*images: object, separator: str = ":::") -> Any:
-    """Returns the options of a run with one image for each prompt."""
+def options_of(*images: object, separator: str = ":::", mode: str = "none") -> Any:
+    """Returns the options of a run with one image for each prompt, and a --video_reshape_mode."""
     prompts = separator.join([PROMPT] * len(images))
     flags = ["--validation_prompt", prompts, "--validation_images", separator.join(map(str, images))]
-    flags += ["--validation_prompt_separator", separator]
+    flags += ["--validation_prompt_separator", separator, "--video_reshape_mode", mode]
     return args.parse(ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
 
 
@@ -107,13 +107,24 @@ def test_images_are_saved_as_viewers_show_them(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["image-0.png", "image-1.png"]
 
 
-def test_images_that_the_pipeline_stretches_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+STRETCHED = "is 64x96 and is stretched to 96x64, as clips were in training; crop it to the shape of 96x64"
+CROPPED = "is 64x96, and the video is 96x64: only the middle of the image, 64x43, is used"
+
+
+@pytest.mark.parametrize(
+    ("mode", "note", "size"),
+    [("none", STRETCHED, (64, 96)), ("center", CROPPED, (64, 43)), ("random", CROPPED, (64, 43))],
+)
+def test_images_are_fitted_as_clips_are_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, note: str, size: tuple[int, int]
+) -> None:
     """Videos are 96x64, so an image of 192x128 keeps its aspect ratio, and one of 64x96 does not."""
     Image.new("RGB", (192, 128)).save(tmp_path / "a.png")
     Image.new("RGB", (64, 96)).save(tmp_path / "b.png")
-    fetch_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png"))
-    rule = "is 64x96, and the pipeline stretches it to 96x64; crop it to the shape of 96x64"
-    assert capsys.readouterr().err.splitlines() == [f"--validation_images {tmp_path / 'b.png'}: {rule}"]
+    options = options_of(tmp_path / "a.png", tmp_path / "b.png", mode=mode)
+    same, other = map(Image.open, fetch_images(run_alone(tmp_path / "out"), options))
+    assert (same.size, other.size) == ((192, 128), size)
+    assert capsys.readouterr().err.splitlines() == [f"--validation_images {tmp_path / 'b.png'}: {note}"]
 
 
 def test_text_to_video_has_no_images(tmp_path: Path) -> None:

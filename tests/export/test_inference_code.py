@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fakes import PLAIN, options_of, run_alone
+from PIL import Image
 from running import PROMPT, ROOT, lora_flags, train
 from torch import nn
 
@@ -254,6 +255,37 @@ def test_values_are_given_with_flags_or_without(
     assert (args.prompt, args.image, args.output, args.seed) == ("a cat", "red.png", "cat.mp4", 3)
     assert (args.steps, args.guidance, args.strength) == (2, 6, 1)
     assert (args.frames, args.height, args.width) == (9, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments", "size", "note"),
+    [
+        ("center", (), (64, 43), "is 64x96, and the video is 96x64: only the middle of the image, 64x43, is used"),
+        ("random", ("--height", "96"), (64, 64), "is 64x96, and the video is 96x96: only the middle of the image, "),
+        ("center", ("--height", "96", "--width", "64"), (64, 96), None),
+        ("none", (), (64, 96), "is 64x96 and is stretched to 96x64, as clips were in training; "),
+    ],
+)
+def test_an_image_of_another_shape_is_fitted_as_clips_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    arguments: tuple[str, ...],
+    size: tuple[int, int],
+    note: str | None,
+) -> None:
+    Image.new("RGB", (64, 96)).save(tmp_path / "red.png")
+    tree = ast.parse(code_of(tmp_path, ImageToVideo, PLAIN, "--video_reshape_mode", mode))
+    end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("pipe = "))
+    image = ast.unparse(next(k.value for k in calls(tree, "pipe").keywords if k.arg == "image"))
+    tree.body = tree.body[:end]
+    monkeypatch.setattr("sys.argv", ["inference.py", "a cat", str(tmp_path / "red.png"), *arguments])
+    variables: dict[str, Any] = {"__file__": "inference.py"}
+    exec(compile(tree, "inference.py", "exec"), variables)
+    assert variables[image].size == size
+    said = capsys.readouterr().out
+    assert said.startswith(f"--image {tmp_path / 'red.png'}: {note}") if note else not said
 
 
 @pytest.mark.parametrize(

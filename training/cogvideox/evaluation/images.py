@@ -9,20 +9,23 @@ import io
 import threading
 import urllib.request
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import Request
 
-from cogvideox.config.flags import ValidationFlags
 from cogvideox.config.options import TrainOptions, is_url
 from cogvideox.config.prompts import images_of
-from cogvideox.data.clips import same_aspect
+from cogvideox.data.clips import IMAGE_STRETCH
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.pictures import probe_picture, read_picture
+from cogvideox.data.media.transforms import fit_image
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import temporary_of, write_atomically
 from cogvideox.model.tasks import IMAGE_NAME
 from cogvideox.runtime.run import Run
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # limits for one image in total
 
@@ -30,7 +33,8 @@ FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # limits for one image in total
 def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     """Writes OUTPUT_DIR/image-0.png and so on, one for each of --validation_images, as upright RGB.
 
-    Prints which of them will be stretched.
+    Each is cropped to the shape of the validation videos if clips are cropped; if clips are stretched, the pipeline
+    stretches it too. Prints which images are cropped or stretched.
 
     Returns:
         The paths of the images.
@@ -40,35 +44,36 @@ def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     """
     texts = images_of(options)
     paths = [run.output_dir / IMAGE_NAME.format(number) for number in range(len(texts))]
+    width, height = options.validation.width, options.validation.height
     if run.is_main:
+        assert width is not None
+        assert height is not None
         for text, path in zip(texts, paths, strict=True):
-            write_atomically(path, fetch_as_png(text, temporary_of(path)) if is_url(text) else read_as_png(Path(text)))
-            if problem := stretched(path, options.validation):
-                run.say(f"--validation_images {public_urls(text)}: {problem}")
+            image = fetch(text, temporary_of(path)) if is_url(text) else read_upright(Path(text))
+            image, note = fit_image(image, width, height, crops_images(options), IMAGE_STRETCH)
+            if note:
+                run.say(f"--validation_images {public_urls(text)}: {note}")
+            content = io.BytesIO()
+            image.save(content, "PNG")
+            write_atomically(path, content.getvalue())
     run.barrier()
     return paths
 
 
-def stretched(path: Path, flags: ValidationFlags) -> str | None:
-    """Returns, for a message, that the pipeline changes the aspect ratio of an image; None if it does not."""
-    info = probe_picture(path)
-    assert flags.width is not None
-    assert flags.height is not None
-    if same_aspect(info.width, info.height, flags.width, flags.height):
-        return None
-    size = f"{flags.width}x{flags.height}"
-    return f"is {info.width}x{info.height}, and the pipeline stretches it to {size}; crop it to the shape of {size}"
+def crops_images(options: TrainOptions) -> bool:
+    """Returns whether images are cropped to the shape of videos, as clips are; the pipeline itself stretches them."""
+    return options.data.video_reshape_mode in ("center", "random")
 
 
-def fetch_as_png(url: str, temporary: Path) -> bytes:
-    """Downloads an image and returns it as PNG. Messages omit the query of the URL, which may be a signature."""
+def fetch(url: str, temporary: Path) -> "Image.Image":
+    """Downloads an image. Messages omit the query of the URL, which may be a signature."""
     shown, fix = f"--validation_images {public_urls(url)}", "download it and give its path"
     try:
         temporary.write_bytes(download(url))
-        return read_as_png(temporary)
+        return read_upright(temporary)
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(f"{shown}: cannot be fetched ({error}); {fix}") from None
-    except ValueError:  # includes the UsageError of read_as_png
+    except ValueError:  # includes the UsageError of read_upright
         raise UsageError(f"{shown}: is not a readable image; {fix}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -121,8 +126,8 @@ def download(url: str) -> bytes:
     return content
 
 
-def read_as_png(path: Path) -> bytes:
-    """Reads an image file and returns it as an RGB PNG."""
+def read_upright(path: Path) -> "Image.Image":
+    """Reads an image file and returns it upright and in RGB."""
     from PIL import Image
 
     try:
@@ -130,6 +135,4 @@ def read_as_png(path: Path) -> bytes:
         frame_HWC = read_picture(path, info, 1, info.height, info.width)[0]
     except (OSError, VideoError) as error:
         raise UsageError(f"--validation_images {error}") from None
-    content = io.BytesIO()
-    Image.fromarray(frame_HWC).save(content, "PNG")
-    return content.getvalue()
+    return Image.fromarray(frame_HWC)

@@ -6,6 +6,7 @@ takes its inputs from the command line, chooses how to fit into the GPU's memory
 video. Texts of users enter the code only through repr(), so a prompt cannot run as code.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from cogvideox.config.args import NOISY
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.options import TrainOptions
 from cogvideox.config.prompts import prompts_of
+from cogvideox.data.clips import IMAGE_STRETCH
+from cogvideox.data.media.transforms import fit_image
+from cogvideox.evaluation.images import crops_images
 from cogvideox.evaluation.validation import Validator
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import Task
@@ -74,7 +78,17 @@ if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
 
 from diffusers.hooks import apply_group_offloading
 from diffusers.utils.export_utils import encode_video
-'''
+{image_code}'''
+
+SCRIPT_IMAGE = """
+
+{function}
+
+image = diffusers.utils.load_image(str(args.image))
+image, note = fit_image(image, args.width, args.height, crop={crop}, tolerance={tolerance})
+if note:
+    print(f"--image {{args.image}}: {{note}}")
+"""
 
 STRENGTH = "args.strength"  # code for the scale of the LoRA
 # The flags of numbers, by what they are in Validator.sampling or in the program.
@@ -234,8 +248,10 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], mul
         for name, (flag, help_) in NUMBERS.items()
         if name in numbers
     ]
+    has_image = "image" in task.inference["names"]
     return SCRIPT_SETUP.format(
         **task.inference,
+        image_code=image_code(crops_images(options)) if has_image else "",
         prompt=literal(prompts[0]),
         numbers="\n".join(lines),
         multiple=multiple,
@@ -243,3 +259,8 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], mul
         diffusers=MIN_DIFFUSERS,
         oldest=oldest_diffusers(),
     )
+
+
+def image_code(crop: bool) -> str:
+    """Returns the code that loads the image and fits it as the validation does."""
+    return SCRIPT_IMAGE.format(function=inspect.getsource(fit_image), crop=crop, tolerance=IMAGE_STRETCH)

@@ -94,7 +94,7 @@ class ImageToVideo:
 if "://" not in str(args.image) and not Path(args.image).is_file():
     parser.error(f"--image {args.image}: no such file")
 """,
-        "arguments": "image=diffusers.utils.load_image(str(args.image)),",
+        "arguments": "image=image,",
     }
 
     def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,5 +1,7 @@
 """Fits frames to the size of a bucket, with one resize, one crop and one flip for all frames of a clip.
 
+``fit_image`` does the same for an image from which a pipeline makes a video.
+
 ``fit`` decides the geometry and returns a ``Fit``, which consists of integers, so that it can be hashed into a cache
 key. The reader resizes while it decodes (decode.read_frames), and ``apply_fit`` crops and flips.
 
@@ -7,8 +9,12 @@ Shape suffixes: F frames, H height, W width, C color channels.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CROP_MODES = ("none", "center", "random")
 
@@ -109,3 +115,31 @@ def _crop_offset(spare: int, draw: float) -> int:
     if not 0 <= draw < 1:
         raise ValueError(f"crop draw {draw}: must be in [0, 1)")
     return int(draw * (spare + 1))
+
+
+# inference.py has a copy of the source of this function.
+def fit_image(
+    image: "Image.Image", width: int, height: int, crop: bool, tolerance: float
+) -> tuple["Image.Image", str | None]:
+    """Fits an image to the shape of a video of width x height, to which the pipeline then resizes it.
+
+    Args:
+        image: The image.
+        width: Width of the video in pixels.
+        height: Height of the video in pixels.
+        crop: Whether to cut out the middle. Otherwise the pipeline stretches the image.
+        tolerance: The factor by which the aspect ratios may differ without a crop.
+
+    Returns:
+        The image, and what is done to it, for a message; None for nothing that is visible.
+    """
+    scales = image.width / width, image.height / height
+    if max(scales) <= tolerance * min(scales):
+        return image, None
+    found, shape = f"is {image.width}x{image.height}", f"{width}x{height}"
+    if not crop:
+        return image, f"{found} and is stretched to {shape}, as clips were in training; crop it to the shape of {shape}"
+    cut = [max(1, round(min(scales) * side)) for side in (width, height)]
+    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
+    note = f"{found}, and the video is {shape}: only the middle of the image, {cut[0]}x{cut[1]}, is used"
+    return image.crop((left, top, left + cut[0], top + cut[1])), note
