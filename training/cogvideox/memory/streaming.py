@@ -50,9 +50,6 @@ Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work i
 # Issues an update of weights on the device that are there after an event; returns the event after which they are new,
 # and the event after which the new ones are on the host too.
 Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
-# Blocks on the device whose updates are issued before they are used. A stream takes about a thousand pieces of work
-# before the host has to wait for it; an update has up to a hundred, and must not keep the host from issuing forward.
-UPDATES_AHEAD = 3
 STAGES = 3  # slots of a TransferPipeline: one is filled, one is worked on, and one is emptied
 # The same while blocks compute. A kernel of cuDNN's attention takes the whole device for up to 9 ms. Until it ends, no
 # slot is worked on, and further slots are filled.
@@ -484,8 +481,10 @@ class TrainedBlocks:
     """Groups the blocks of a transformer of which all weights are trained, and orders the optimizer's updates of them.
 
     An update that passes through the device is issued before its block is used again, in the order of the blocks, so
-    that it runs while earlier blocks compute. Updates of blocks on the device are issued UPDATES_AHEAD blocks before
-    they are used. That of a block on the host is issued when forward fetches it, and made in the slot of the ring.
+    that it runs while earlier blocks compute. That of a block on the host is issued when forward fetches it, and made
+    in the slot of the ring. Those of blocks on the device begin one after another while the blocks on the device
+    compute, the last one with the block before its own. If all began at once, saved activations could not leave in
+    between: a direction of the link makes copies of one stream until that has none ready.
 
     Args:
         parameters: Each block's parameters by block number, in the layout's order; they are views of ``weights``.
@@ -506,6 +505,7 @@ class TrainedBlocks:
         self.parameters, self.weights, self.ring, self.state_on_host = parameters, weights, ring, state_on_host
         self.gradients = HostGradients(device)
         self.pending: dict[int, Update] = {}
+        self.begins: dict[int, int] = {}  # block on the device -> the block with which its update begins
         self.updated: dict[int, Event] = {}  # block on the device -> event after its update
 
     def on_host(self, block: int) -> bool:
@@ -523,29 +523,33 @@ class TrainedBlocks:
         self.pending, self.updated = dict(updates), {}
         if self.ring:
             self.ring.updates = {block: partial(self._in_slot, block) for block in updates if self.on_host(block)}
-        self._issue_ahead()
+        here = [block for block in self.weights if not self.on_host(block)]
+        passing = [block for block in here if block in updates]
+        self.begins = {block: here[number * len(here) // len(passing)] - 1 for number, block in enumerate(passing)}
+        self._issue_begun(-1)
 
     def _in_slot(self, block: int, slot: Tensor, arrived: Event) -> tuple[Event, Event]:
         """Issues the update of a block that was copied into a slot, and those of blocks on the device that follow."""
         weights = slot.view(self.weights[block].dtype)[: self.weights[block].numel()]
         events = self.pending.pop(block)(weights, arrived)
-        self._issue_ahead()
+        self._issue_begun(block)
         return events
 
-    def _issue_ahead(self) -> None:
-        """Issues the next pending updates of blocks on the device, up to the first block on the host."""
-        while self.pending and not self.on_host(next(iter(self.pending))) and len(self.updated) < UPDATES_AHEAD:
+    def _issue_begun(self, block: int) -> None:
+        """Issues the updates of blocks on the device that begin with a block, up to that of a block on the host."""
+        while self.pending and self.begins.get(next(iter(self.pending)), len(self.weights)) <= block:
             self._issue(next(iter(self.pending)))
 
     def _issue(self, block: int) -> None:
-        self.updated[block] = self.pending.pop(block)(self.weights[block], None)[0]
+        begun = compute_event(self.gradients.store.device)
+        self.updated[block] = self.pending.pop(block)(self.weights[block], begun)[0]
 
     def use(self, block: int) -> None:
         """Makes the compute stream wait until a block on the device has been updated."""
         if block in self.pending:
             self.finish()
         compute_waits_for(self.updated.pop(block, None))
-        self._issue_ahead()
+        self._issue_begun(block)
 
     def finish(self) -> None:
         """Issues all pending updates."""
