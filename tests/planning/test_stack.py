@@ -813,7 +813,8 @@ def test_training_all_weights_streamed_equals_resident_bit_for_bit(compiled: boo
     try:
         resident = run(RESIDENT, steps=10)
         streamed = run(AWAY, steps=10)
-        late = run((*AWAY, BlockPlan(HOST, "attention", HOST, DEVICE)), steps=10, delays=True)
+        others = BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(DEVICE, "attention", HOST, HOST)
+        late = run((*AWAY, *others), steps=10, delays=True)
         start = run(RESIDENT, steps=0)
     finally:
         torch.use_deterministic_algorithms(False)
