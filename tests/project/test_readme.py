@@ -338,7 +338,7 @@ def test_plans_of_the_readme_are_what_was_measured() -> None:
     section = README.split("## Which plan for which card")[1].split("\n## ")[0]
     shown = re.findall(r"\| ([\d.]+) s \| ([\d.]+) GiB \|$", section, re.MULTILINE)
     rows = [f"5b-r128-{plan}" for plan in ("fast", "24gb", "12gb", "8gb", "lean")]
-    rows += [f"5b-sft-{plan}" for plan in ("80gb", "24gb-8bit", "lean")]
+    rows += [f"5b-sft-{plan}" for plan in ("80gb", "24gb-8bit", "lean-8bit")]
     assert shown == [(f"{seconds:.2f}", f"{gib:.1f}") for seconds, gib, _ in map(bench_row, rows)]
 
 
