@@ -13,12 +13,14 @@ and for the weights of the other:
 
     --first_flags="--checkpointing_steps 4 --max_train_steps 4" --resumed_flags=--checkpoint_weights_only
 
-The JSON file has the lines that the script printed about its plan, peaks, losses and export.
+The JSON file has the lines that the script printed about its plan, peaks, losses and export. It is written only if all
+of this has happened: the kill, the resumption from the newest checkpoint, every step, the videos and the verification.
 """
 
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -26,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,13 @@ from record import device_and_versions
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.media.pixels.decode import probe
+from cogvideox.runtime.checkpoint_files import checkpoints, step_of
 
 SAYS = (
     *("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in"),
     *("run by diffusers alone", "checkpoint", "resum"),
 )
+RESUMED = re.compile(r"^resuming from .* after step (\d+)", re.MULTILINE)
 MOUNT, GROUP = Path("/sys/fs/cgroup"), "small_card"  # of control groups, and the name of ours
 LIMITS = (("memory.max", "memory.peak"), ("memory.limit_in_bytes", "memory.max_usage_in_bytes"))  # of version 2, 1
 
@@ -86,7 +91,8 @@ def control_group(gib: float) -> tuple[Path, Path]:
 def empty_places(work_dir: Path) -> tuple[Path, Path]:
     """Returns the output folder and the log of the run, and deletes those of an earlier run."""
     output, log = work_dir / "run", work_dir / "run.log"
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists():
+        shutil.rmtree(output)
     log.unlink(missing_ok=True)
     return output, log
 
@@ -99,13 +105,19 @@ def start(command: list[str], group: Path | None, log: Path) -> subprocess.Popen
         return subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
 
 
-def kill_after(step: int, run: subprocess.Popen[bytes], output: Path) -> None:
-    """Kills a run when it has made a step and has a complete checkpoint, or returns when it ends before."""
+def kill_after(step: int, run: subprocess.Popen[bytes], output: Path) -> int | None:
+    """Kills a run when it has made a step and has a complete checkpoint.
+
+    Returns:
+        The step of its newest checkpoint; None if the run ended before, by itself or because something else killed it.
+    """
     while run.poll() is None:
-        if len(lines_of(output)) >= step and any(output.glob("checkpoint-*")):
+        if len(lines_of(output)) >= step and checkpoints(output):
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+            return step_of(checkpoints(output)[0])
         time.sleep(0.2)
+    return None
 
 
 def size_of(video: Path) -> Bucket:
@@ -114,12 +126,64 @@ def size_of(video: Path) -> Bucket:
     return Bucket(info.num_frames, info.height, info.width)
 
 
-def main() -> int:
-    """Trains under a memory limit and writes the figures of the run.
+def resumed_from(said: str) -> int | None:
+    """Returns the step from which a run resumed, by what it printed; None if it started at the beginning."""
+    found = RESUMED.search(said)
+    return int(found[1]) if found else None
+
+
+def not_done(row: dict[str, Any], steps: int, size: Bucket) -> Iterator[str]:
+    """Yields what the script should have done and has not.
+
+    Args:
+        row: The figures of the run.
+        steps: The number of its optimizer steps.
+        size: The number of frames and the size of its videos.
+    """
+    if row["status"]:
+        yield f"the script ended with status {row['status']}"
+    if row["resumed_from"] != row["checkpoint_at_kill"]:
+        yield f"the run resumed from step {row['resumed_from']}, not from checkpoint-{row['checkpoint_at_kill']}"
+    made = [line["step"] for line in row["steps"]]
+    if made != list(range(1, steps + 1)):
+        yield f"metrics.jsonl has the steps {made}, not 1 to {steps}"
+    if row["killed_after"] and not any(line.startswith(f"checkpoint-{steps}: ") for line in row["said"]):
+        yield f"checkpoint-{steps} was not written"
+    for step in (0, steps):
+        sizes = {found for name, found in row["videos"].items() if name.startswith(f"step-{step:06}_")}
+        if sizes != {str(size)}:
+            yield f"validation after step {step} has made {', '.join(sorted(sizes)) or 'no video'}, not {size}"
+    if row["verification"] is None:
+        yield "the result was not verified"
+
+
+def fail(log: Path, *problems: str) -> int:
+    """Prints the end of the log and the problems; returns the exit status."""
+    print(log.read_text().replace("\r", "\n")[-3000:], *problems, sep="\n", file=sys.stderr)
+    return 1
+
+
+def run_script(args: argparse.Namespace, output: Path, log: Path, group: Path | None) -> tuple[int, int | None]:
+    """Runs the training script to its end; if asked for, another run is killed before.
 
     Returns:
-        The exit status, which is not 0 if the run failed or its videos have the wrong size.
+        The exit status, and the step of the newest checkpoint at the kill, or None without a kill.
+
+    Raises:
+        RuntimeError: The run that should have been killed had ended before.
     """
+    command, checkpoint = command_of(args), None
+    if args.kill_after:
+        first = start(command + shlex.split(args.first_flags), group, log)
+        checkpoint = kill_after(args.kill_after, first, output)
+        if checkpoint is None:
+            after = f"after step {args.kill_after} and a checkpoint"
+            raise RuntimeError(f"the first run was not killed {after}: it had ended with status {first.returncode}")
+    return start(command + shlex.split(args.resumed_flags), group, log).wait(), checkpoint
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=[kind for kind in KINDS if not is_image_to_video(kind)], default="5b")
     parser.add_argument("--gib", type=float, default=6.0)
@@ -139,32 +203,41 @@ def main() -> int:
     parser.add_argument(
         "--flags", nargs=argparse.REMAINDER, default=["--plan", "lean"], help="more flags of the script; last"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Trains under a memory limit and writes the figures of the run.
+
+    Returns:
+        The exit status, which is not 0 if a part of the run has failed or has not happened.
+    """
+    args = build_parser().parse_args()
     make_pipeline(args.kind, args.work_dir / args.kind)
     make_tensors(args.kind, args.work_dir / args.kind, args.work_dir / "tensors")
     group, peak = control_group(args.host_gib) if args.host_gib else (None, None)
-    command, (output, log) = command_of(args), empty_places(args.work_dir)
-    started = time.perf_counter()
-    if args.kill_after:
-        kill_after(args.kill_after, start(command + shlex.split(args.first_flags), group, log), output)
-    status = start(command + shlex.split(args.resumed_flags), group, log).wait()
-    said = log.read_text().replace("\r", "\n").splitlines()
-    messages = [line.strip() for line in said if line.strip().startswith(SAYS)]
+    (output, log), started = empty_places(args.work_dir), time.perf_counter()
+    try:
+        status, checkpoint = run_script(args, output, log, group)
+    except RuntimeError as error:
+        return fail(log, str(error))
+    said = log.read_text().replace("\r", "\n")
+    messages = [line.strip() for line in said.splitlines() if line.strip().startswith(SAYS)]
     row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": status}
     row |= {"flags": args.flags, "first_flags": args.first_flags, "resumed_flags": args.resumed_flags}
-    row |= {"killed_after": args.kill_after, "host_gib": args.host_gib}
-    row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": messages, **device_and_versions()}
+    row |= {"killed_after": args.kill_after, "checkpoint_at_kill": checkpoint, "resumed_from": resumed_from(said)}
+    row |= {"host_gib": args.host_gib, "whole_run_seconds": round(time.perf_counter() - started, 1)}
+    row |= {"said": messages, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["group_peak_gib"] = round(int(peak.read_text()) / 2**30, 2) if peak and peak.exists() else None
     row["steps"] = lines_of(output)
-    videos = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}
-    row["videos"] = {name: str(size) for name, size in videos.items()}
+    row["videos"] = {path.name: str(size_of(path)) for path in sorted(output.glob("validation/*.mp4"))}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
     print(json.dumps(row, indent=1))
-    if status or set(videos.values()) != {Bucket(*clip_size(args.kind))}:
-        print("\n".join(said)[-3000:], file=sys.stderr)
-        return status or 1
+    problems = list(not_done(row, args.steps, Bucket(*clip_size(args.kind))))
+    if problems:
+        return fail(log, *problems)
     args.results.mkdir(parents=True, exist_ok=True)
     limited = f"_host_{args.host_gib:.0f}" if args.host_gib else ""
     name = f"small_card_{args.kind}{'' if args.rank else '_sft'}{limited}{'_killed' if args.kill_after else ''}.json"
