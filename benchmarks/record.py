@@ -1,8 +1,11 @@
-"""Records the environment of a measurement, and writes tables of results into pages."""
+"""Records the environment and the memory of a measurement, and writes tables of results into pages."""
 
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,32 @@ def current_commit() -> str:
     """Returns the commit of this project's files: COMMIT, which is set where they were copied without git's history."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return os.environ.get("COMMIT") or git.stdout.strip()
+
+
+@contextmanager
+def watched(choose: Callable[[int, int], int], read: Callable[[], int]) -> Iterator[list[int]]:
+    """Reads a number twice a second while the context lasts.
+
+    Args:
+        choose: Returns one of two numbers: min or max.
+        read: Returns the current number.
+
+    Yields:
+        A list, whose only item becomes the least or the largest number.
+    """
+    found, ended = [read()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            found[0] = choose(found[0], read())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 def between(text: str, script: str) -> tuple[str, str, str]:

@@ -22,10 +22,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from typing import Any
 import psutil
 from every_task import lines_of
 from random_models import ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions, put_into
+from record import device_and_versions, put_into, watched
 
 PREFIX = "scale_"
 SAMPLES = 8  # at least the number of processes, so that each has a sample of its own in every step
@@ -178,22 +176,9 @@ def shown(command: Sequence[str]) -> str:
 # -- one arm -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def least_free_memory() -> Iterator[list[int]]:
-    """Yields a list whose only item becomes the least free host memory, in bytes, while the context lasts."""
-    least, ended = [psutil.virtual_memory().available], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            least[0] = min(least[0], psutil.virtual_memory().available)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield least
-    finally:
-        ended.set()
-        thread.join()
+def available_bytes() -> int:
+    """Returns the host memory that processes may still allocate, in bytes."""
+    return int(psutil.virtual_memory().available)
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
@@ -215,8 +200,8 @@ def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
     for folder in (output, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
     command, started = command_of(arm, work_dir, output, port), time.perf_counter()
-    free = psutil.virtual_memory().available
-    with least_free_memory() as least, open(log, "wb") as file:
+    free = available_bytes()
+    with watched(min, available_bytes) as least, open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
         while process.poll() is None and len(lines_of(output)) < arm.steps:
             if time.perf_counter() - started > MOST_SECONDS:

@@ -15,6 +15,10 @@ and for the weights of the other:
 
 The JSON file has the lines that the script printed about its plan, peaks, losses and export. It is written only if all
 of this has happened: the kill, the resumption from the newest checkpoint, every step, the videos and the verification.
+
+With --host_gib, group_left_gib says how near the run came to its limit: the least host memory that it could still
+allocate, read twice a second. Page cache counts as free, because the kernel gives it up when memory is needed.
+group_peak_gib includes page cache, so it reaches any limit when large files are read or written.
 """
 
 import argparse
@@ -29,16 +33,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from every_task import lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions
+from record import device_and_versions, watched
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.media.pixels.decode import probe
+from cogvideox.host_memory import left_in
 from cogvideox.runtime.checkpoint_files import checkpoints, step_of
 
 SAYS = (
@@ -86,6 +92,13 @@ def control_group(gib: float) -> tuple[Path, Path]:
             continue
         return folder, folder / peak
     raise SystemExit(f"--host_gib {gib}: no control group can be made in {MOUNT}; run as root, or leave it out")
+
+
+def left_bytes(group: Path) -> int:
+    """Returns the bytes that the processes of a control group may still allocate. Page cache counts as free."""
+    left = left_in(group)
+    assert left is not None, f"{group} has no limit"
+    return left
 
 
 def empty_places(work_dir: Path) -> tuple[Path, Path]:
@@ -218,7 +231,8 @@ def main() -> int:
     group, peak = control_group(args.host_gib) if args.host_gib else (None, None)
     (output, log), started = empty_places(args.work_dir), time.perf_counter()
     try:
-        status, checkpoint = run_script(args, output, log, group)
+        with watched(min, partial(left_bytes, group)) if group else nullcontext() as left:
+            status, checkpoint = run_script(args, output, log, group)
     except RuntimeError as error:
         return fail(log, str(error))
     said = log.read_text().replace("\r", "\n")
@@ -230,6 +244,7 @@ def main() -> int:
     row |= {"said": messages, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["group_peak_gib"] = round(int(peak.read_text()) / 2**30, 2) if peak and peak.exists() else None
+    row["group_left_gib"] = round(left[0] / 2**30, 2) if left else None
     row["steps"] = lines_of(output)
     row["videos"] = {path.name: str(size_of(path)) for path in sorted(output.glob("validation/*.mp4"))}
     recipe = output / "recipe.json"

@@ -5,11 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import record
 import small_card
 from random_models import ROOT
 
@@ -180,6 +183,28 @@ def test_a_run_starts_in_the_control_group(tmp_path: Path, kernel: Path) -> None
     assert run.wait() == 0
     assert (group / "cgroup.procs").read_text().split() == [str(run.pid)]
     assert (tmp_path / "log").read_text() == "ran\n"
+
+
+def test_page_cache_of_the_group_counts_as_free(kernel: Path) -> None:
+    group, _ = small_card.control_group(1.0)
+    (group / "memory.current").write_text(str(2**30 - 100))
+    (group / "memory.stat").write_text("anon 800\ninactive_file 50\nactive_file 20\n")
+    assert small_card.left_bytes(group) == 170
+
+
+@pytest.mark.parametrize(("choose", "found"), [(min, 3), (max, 5)])
+def test_a_number_is_watched_until_the_context_ends(choose: Callable[[int, int], int], found: int) -> None:
+    numbers, read_all = [4, 3, 5], threading.Event()
+
+    def read() -> int:
+        number = numbers.pop(0) if numbers else 4
+        if not numbers:
+            read_all.set()
+        return number
+
+    with record.watched(choose, read) as watched:
+        assert read_all.wait(60)
+    assert watched == [found]
 
 
 def test_nothing_of_an_earlier_run_is_measured(tmp_path: Path) -> None:
