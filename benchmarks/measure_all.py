@@ -8,8 +8,11 @@
 A job is a command with the number of GPUs that it needs, and the files of its results. A job whose results exist is
 left out, and so is one that needs more GPUs or time than there is. A job never shares a GPU, because that would change
 its seconds. When the time is over, jobs that have not ended are killed with all of their processes. What a job printed
-is in WORK_DIR/logs. Afterwards, --table of bench.py, scale.py and guide_memory.py writes the tables of
-docs/benchmarks.md.
+is in WORK_DIR/logs, and its other files are in WORK_DIR/NAME. When it has ended, those that nobody reads are deleted,
+such as weights, checkpoints and tensors: the disk has no room for those of all jobs. Links, and what they lead to, are
+never deleted, so a base model may be on another disk. The files of a job that was killed stay for the next start.
+
+Afterwards, --table of bench.py, scale.py and guide_memory.py writes the tables of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +37,9 @@ import scale
 from random_models import ROOT
 from record import current_commit
 
-RESULTS, WORK_DIR, SECONDS = "{results}", "{work_dir}", "{seconds}"  # in a command, for what is known when it starts
+# In a command, for what is known when it starts: folders for results and for files of the job, and seconds.
+RESULTS, WORK_DIR, SECONDS = "{results}", "{work_dir}", "{seconds}"
+READ = (".log", ".jsonl", ".html", ".png", ".mp4")  # suffixes of files that people read
 GUIDE_SECONDS = 240.0  # of a job that measures rows of the guides
 ARM_SECONDS = 120.0  # of an arm of scale.py
 
@@ -75,14 +81,14 @@ def bench_job(name: str, rows: Sequence[str], *more: str) -> Job:
 
 def scale_job(arm: scale.Arm) -> Job:
     """Returns the job that measures an arm of scale.py."""
-    command = ("scale.py", "--results", RESULTS, "--work_dir", f"{WORK_DIR}/{arm.name}", "--arms", arm.name)
+    command = ("scale.py", "--results", RESULTS, "--work_dir", WORK_DIR, "--arms", arm.name)
     return Job(arm.name, command, (scale.result_of(arm, Path(), scale.has_flash()).name,), ARM_SECONDS, arm.gpus)
 
 
 def small_card_job(kind: str, gib: int, seconds: float, *more: str, result: str) -> Job:
     """Returns the job that trains all weights on a part of a GPU, and kills and resumes the run."""
-    size = ("--work_dir", f"{WORK_DIR}/{kind}", "--kind", kind, "--gib", str(gib), "--rank", "0")
-    command = ("small_card.py", "--results", RESULTS, *size, "--kill_after", "4", *more)
+    size = ("--kind", kind, "--gib", str(gib), "--rank", "0")
+    command = ("small_card.py", "--results", RESULTS, "--work_dir", WORK_DIR, *size, "--kill_after", "4", *more)
     return Job(f"{kind}-within-{gib}gb", command, (result,), seconds)
 
 
@@ -126,6 +132,21 @@ def all_jobs() -> list[Job]:
     ]
 
 
+# -- their files -------------------------------------------------------------------------------------------------------
+
+
+def delete_unread(folder: Path) -> None:
+    """Deletes the files in a folder that nobody reads, and folders that are empty then. Links are not followed."""
+    if folder.is_symlink():
+        return
+    for parent, _, names in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in names):
+            if path.suffix not in READ and not path.is_symlink():
+                path.unlink()
+        with suppress(OSError):  # the folder is not empty
+            os.rmdir(parent)
+
+
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +177,7 @@ class Queue:
             jobs: The jobs by importance.
             gpus: Names of GPUs for CUDA_VISIBLE_DEVICES.
             results: The folder of results.
-            work_dir: The folder for logs, and for what jobs keep for the next time.
+            work_dir: The folder for logs and for a folder of each job.
             commit: The commit whose results count; None if all do.
         """
         self.failed: list[str] = []  # names of jobs that ended without their results
@@ -199,7 +220,7 @@ class Queue:
                 others.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, others / path.name)
         gpus, self._free = self._free[: job.gpus], self._free[job.gpus :]
-        known = {RESULTS: str(self._results), WORK_DIR: str(self._work_dir), SECONDS: str(seconds)}
+        known = {RESULTS: str(self._results), WORK_DIR: str(self._work_dir / job.name), SECONDS: str(seconds)}
         script, *arguments = job.command
         for name, value in known.items():
             arguments = [word.replace(name, value) for word in arguments]
@@ -213,13 +234,20 @@ class Queue:
         self._running[-1].say("started")
 
     def _collect(self) -> None:
-        """Takes back the GPUs of jobs that have ended."""
+        """Takes back the GPUs of jobs that have ended, and deletes what nobody reads of their files."""
         for running in [running for running in self._running if running.process.poll() is not None]:
             self._running.remove(running)
             self._free += running.gpus
-            done = running.job.is_done(self._results, self._commit)
-            running.say("measured" if done else f"ended with status {running.process.returncode}, results are missing")
-            self.failed += [] if done else [running.job.name]
+            done, status = running.job.is_done(self._results, self._commit), running.process.returncode
+            if done and not status:
+                running.say("measured")
+            else:
+                running.say(f"ended with status {status}" + ("" if done else ", results are missing"))
+                self.failed.append(running.job.name)
+            try:
+                delete_unread(self._work_dir / running.job.name)
+            except OSError as error:  # other jobs run, and may have room
+                running.say(f"its files are not deleted: {error}")
 
 
 def visible_gpus() -> list[str]:

@@ -13,6 +13,7 @@ import measure_all
 import psutil
 import pytest
 import scale
+import small_card
 from measure_all import RESULTS, SECONDS, WORK_DIR, Job, Queue
 
 # Records when it ran on which GPUs and with which arguments, and has a child that lasts as long.
@@ -27,7 +28,11 @@ time.sleep(float(seconds))
 if "fails" in arguments:
     raise SystemExit("no memory")
 pathlib.Path(result).write_text(json.dumps(row | {"ended": time.time()}))
+if "fails late" in arguments:
+    raise SystemExit(3)
 """
+MADE = ("5b/model_index.json", "5b/vae/model.safetensors", "run/checkpoint-3/state.safetensors", "tensors/index.json")
+KEPT = ("run.log", "run/metrics.jsonl", "run/report.html", "run/validation/step-000000.mp4")
 
 
 @pytest.fixture
@@ -111,6 +116,71 @@ def test_a_job_that_fails_does_not_prevent_others(
     assert "no memory" in (tmp_path / "work" / "logs" / "bad.log").read_text()
 
 
+def test_a_job_that_fails_after_its_result_is_not_measured(
+    tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = Queue([job_of(program, "late", 0, "fails late")], ["0"], tmp_path, tmp_path / "work")
+    queue.run(60)
+    assert queue.failed == ["late"]
+    assert "late, GPU 0: ended with status 3 after" in capsys.readouterr().out
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def make_files(folder: Path) -> None:
+    for name in (*MADE, *KEPT):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("more", [(), ("fails",)])
+def test_only_what_people_read_remains_of_a_job(tmp_path: Path, program: str, more: tuple[str, ...]) -> None:
+    """The files of other jobs are not touched."""
+    for name in ("a", "other"):
+        make_files(tmp_path / "work" / name)
+    Queue([job_of(program, "a", 0, *more)], ["0"], tmp_path, tmp_path / "work").run(60)
+    assert files_of(tmp_path / "work" / "a") == sorted(KEPT)
+    assert files_of(tmp_path / "work" / "other") == sorted((*MADE, *KEPT))
+    assert (tmp_path / "work" / "logs" / "a.log").is_file()
+    assert not (tmp_path / "work" / "a" / "5b").exists()  # a part of a model would be taken for a model
+
+
+def test_a_killed_job_keeps_its_files(tmp_path: Path, program: str) -> None:
+    make_files(tmp_path / "work" / "hangs")
+    Queue([job_of(program, "hangs", 600, seconds=0.0)], ["0"], tmp_path, tmp_path / "work").run(0.5)
+    assert files_of(tmp_path / "work" / "hangs") == sorted((*MADE, *KEPT))
+
+
+@pytest.mark.parametrize("linked", ["", "5b", "run/checkpoint-3", "run/checkpoint-3/state.safetensors"])
+def test_links_of_a_job_are_not_followed(tmp_path: Path, program: str, linked: str) -> None:
+    """The job's folder, a base model in it, or a file may be on another disk."""
+    folder, disk = tmp_path / "work" / "a", tmp_path / "disk"
+    make_files(folder)
+    (folder / linked).rename(disk)
+    before = files_of(disk) or disk.read_text()
+    (folder / linked).symlink_to(disk)
+    Queue([job_of(program, "a", 0)], ["0"], tmp_path, tmp_path / "work").run(60)
+    assert (folder / linked).readlink() == disk
+    assert before == (files_of(disk) or disk.read_text())
+
+
+def test_files_that_cannot_be_deleted_do_not_end_other_jobs(
+    tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make_files(tmp_path / "work" / "a")
+    monkeypatch.setattr(Path, "unlink", refused)
+    queue = Queue([job_of(program, "a", 0), job_of(program, "b", 0)], ["0"], tmp_path, tmp_path / "work")
+    queue.run(60)
+    assert queue.failed == []
+    assert (tmp_path / "b.json").is_file()
+    assert "a, GPU 0: its files are not deleted: [Errno 13] Permission denied" in capsys.readouterr().out
+
+
 def test_jobs_are_killed_with_their_children(tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that needs more time than there is does not begin, and a later one that needs less does."""
 
@@ -139,7 +209,7 @@ def test_a_job_is_told_its_folders_and_the_time_that_is_left(tmp_path: Path, pro
     queue = Queue([job_of(program, "a", 0, f"{WORK_DIR}/5b", SECONDS)], ["0"], tmp_path, tmp_path / "work")
     queue.run(60)
     folder, left = row_of(tmp_path, "a")["arguments"]
-    assert folder == str(tmp_path / "work" / "5b")
+    assert folder == str(tmp_path / "work" / "a" / "5b")
     assert 0 < float(left) <= 60
 
 
@@ -150,11 +220,11 @@ def test_every_measurement_is_a_job_whose_command_its_program_accepts(monkeypatc
     assert files >= {bench.path_of(Path(), row).name for row in bench.ROWS}
     assert files >= {guide_memory.path_of(Path(), arm).name for arm in guide_memory.ARMS.values()}
     assert files >= {scale.result_of(arm, Path(), scale.has_flash()).name for arm in scale.ARMS}
+    programs = {"bench.py": bench, "guide_memory.py": guide_memory, "small_card.py": small_card}
     for job in jobs:
         script, *arguments = job.command
-        parser = {"bench.py": bench.build_parser, "guide_memory.py": guide_memory.build_parser}.get(script)
-        if parser is not None:
-            parser().parse_args([word.replace(SECONDS, "10") for word in arguments])
+        if script in programs:
+            programs[script].build_parser().parse_args([word.replace(SECONDS, "10") for word in arguments])
         assert (measure_all.ROOT / "benchmarks" / script).is_file()
 
 
