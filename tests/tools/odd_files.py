@@ -294,6 +294,22 @@ def sounds(cover: bool = False, video: bool = False) -> bytes:
     return written("mp4", fill)
 
 
+def motion_jpeg_with_exif() -> bytes:
+    """Returns an avi in which each frame is a JPEG picture whose EXIF data rotate it."""
+    jpegs = [still_turned(6, "JPEG", number) for number in range(COUNT)]
+
+    def fill(output: Any) -> None:
+        with Image.open(io.BytesIO(jpegs[0])) as first:
+            stream = add_stream(output, "mjpeg", np.asarray(first), "yuvj420p")
+        for number, jpeg in enumerate(jpegs):
+            packet = av.Packet(jpeg)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, RATE), True
+            packet.pts = packet.dts = number
+            output.mux(packet)
+
+    return written("avi", fill)
+
+
 def headless(container: str, options: dict[str, str]) -> bytes:
     """Returns a clip without its first three packets, one of which is the keyframe."""
     return remux(encode("matroska", options=options), container, skip=3)
@@ -323,6 +339,7 @@ def timed_cases() -> Iterator[Case]:
     yield good("one_frame_in_bucket_of_1.mp4", lambda: plain_of(1), (0,), num_frames=1)
     for turn in ("90", "180", "270"):
         yield good(f"rotated_by_{turn}.mp4", functools.partial(turned, turn), note="upright")
+    yield good("rotated_by_exif.avi", motion_jpeg_with_exif, note="upright")
     yield bad("mirrored.mp4", lambda: turned("mirror"), "mirrored")
     yield bad("rotated_by_45.mp4", lambda: turned("45"), "rotated by -?45 degrees")
     yield bad("rate_90000.avi", lambda: avi_rate(1, 90000), "give 1 frame")
@@ -755,12 +772,12 @@ def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options
     return memory.getvalue()
 
 
-def still_turned(orientation: int, kind: str) -> bytes:
+def still_turned(orientation: int, kind: str, number: int = 5) -> bytes:
     """Returns an image file that is stored rotated or mirrored, with an EXIF orientation as cameras write it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {} if kind == "TIFF" else {"quality": 95}
-    return still(kind, np.ascontiguousarray(TURNS[orientation](picture(5))), exif=exif, **options)
+    return still(kind, np.ascontiguousarray(TURNS[orientation](picture(number))), exif=exif, **options)
 
 
 def with_alpha(number: int = 5) -> np.ndarray:

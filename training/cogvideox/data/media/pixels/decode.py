@@ -22,6 +22,7 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
@@ -56,6 +57,10 @@ from cogvideox.files import (
 # Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:
 # a frame of h264 and hevc refers to at most 16 frames, and at most 16 are decoded before they are shown.
 _MAX_REFERENCES = 32
+
+# PyAV raises ValueError for all side data of a frame, and thus for its rotation, if it does not know the type of one of
+# them, such as EXIF in motion JPEG or the view of a spatial video. Unknown types count as one that is never read here.
+SideDataType._missing_ = classmethod(lambda kinds, _: kinds.SEI_UNREGISTERED)  # type: ignore[method-assign,assignment]
 
 
 class _NeedsEarlierKeyframe(VideoError):
