@@ -1,6 +1,7 @@
 """HDR and wide-gamut clips come out as FFmpeg's zscale chain makes them; see hdr.py for how its pictures were made."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def test_the_matrix_of_the_container_is_used(tmp_path: Path) -> None:
 def test_colors_of_dolby_are_refused(matrix: int) -> None:
     with pytest.raises(VideoError, match=r"Dolby Vision colors .*; convert it to HLG"):
         ColorTags(PQ, BT2020, matrix).check("hvc1")
+
+
+@pytest.mark.parametrize("matrix", [8, 10, 11, 12, 13, 16, 17])
+def test_matrices_that_are_not_converted_are_refused_with_the_fix(matrix: int) -> None:
+    with pytest.raises(
+        VideoError, match=r"has the color matrix .*; re-encode it: `ffmpeg .* zscale=matrix=709 OUT.mp4`"
+    ):
+        ColorTags(1, 1, matrix).check("avc1")
+
+
+def test_pixels_that_do_not_convert_are_an_error_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise one file would end the preparation, because an error of the system may pass with another attempt."""
+    monkeypatch.setattr(ColorTags, "check", lambda *_: None)
+    path = placed(tmp_path, encode("mp4", options={"x264-params": "colormatrix=YCgCo"}, pix_fmt="yuv444p"))
+    with pytest.raises(VideoError, match=rf"^{re.escape(str(path))}: cannot be read: .*; .* re-encode it$"):
+        read_frames(path, probe(path), [0], HEIGHT, WIDTH)
 
 
 def test_decord_is_refused(tmp_path: Path) -> None:

@@ -521,6 +521,7 @@ def resized(container: str, codec: str) -> bytes:
 # Colors
 
 COLORS = "Colors"
+YCGCO = X264 | {"x264-params": "colormatrix=YCgCo"}
 
 
 def color_cases() -> Iterator[Case]:
@@ -545,6 +546,7 @@ def color_cases() -> Iterator[Case]:
     yield good("hlg_by_container_only.mp4", lambda: tagged_by_container(video("hlg", tagged=False), "hlg"), note=hdr)
     yield good("bt2020_sdr.mp4", lambda: video("bt2020"), note="converted to bt709")
     yield bad("dolby_vision_5.mp4", lambda: video("pq", tagged=False).replace(b"hev1", b"dvhe"), "Dolby Vision")
+    yield bad("screen_in_ycgco.mp4", lambda: encode("mp4", options=YCGCO, pix_fmt="yuv444p"), "color matrix YCgCo, ")
 
 
 # Damaged files, and files that are not videos

@@ -38,6 +38,16 @@ _CODES = 4096  # codes of 12 bits: HDR has 10 bits, and averages need more
 _STRIP = 64  # rows that are converted at a time, so that intermediate results stay in the cache of the CPU
 _OVERSAMPLING = 2
 _ICTCP = (14, 15)  # color spaces of Dolby, as AVColorSpace counts
+# Color spaces that swscale does not convert, as AVColorSpace counts.
+_NOT_CONVERTED = {
+    8: "YCgCo",
+    10: "bt2020_cl",
+    11: "SMPTE 2085",
+    12: "chroma-derived-nc",
+    13: "chroma-derived-c",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 UNSPECIFIED = 2  # the value of each color tag that means that it is not known
 CONTAINER_MATRIX = "matrix of the container"  # a conversion that is needed where only the container has this tag
 
@@ -103,11 +113,14 @@ class ColorTags:
         return self.matrix == UNSPECIFIED and len(pixels.components) >= 3 and not pixels.is_rgb
 
     def check(self, codec_tag: str) -> None:
-        """Raises VideoError for Dolby Vision video that only Dolby's own decoders can interpret."""
+        """Raises VideoError for colors that only Dolby can decode, or that swscale does not convert."""
         is_dolby = codec_tag in ("dvh1", "dvhe") and self.transfer == UNSPECIFIED
         if is_dolby or self.matrix in _ICTCP:
             fix = "convert it to HLG or SDR with a program that knows Dolby Vision"
             raise VideoError(f"has Dolby Vision colors (profile 5, ICtCp), which are not supported; {fix}")
+        if name := _NOT_CONVERTED.get(self.matrix):
+            fix = "re-encode it: `ffmpeg -i IN -vf zscale=matrix=709 OUT.mp4`"
+            raise VideoError(f"has the color matrix {name}, which is not supported; {fix}")
 
 
 class SdrConverter:

@@ -40,7 +40,7 @@ from cogvideox.data.media.container.packets import (
     size_change,
     strict_decoder,
 )
-from cogvideox.data.media.faults import AGAIN, VideoError, check_size
+from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.pixels.decord_reader import read_with_decord
 from cogvideox.data.media.pixels.pictures import is_picture, probe_picture, read_picture
@@ -190,7 +190,8 @@ def _read_with_pyav(
         first, *others = positions[frame.pts]
         if frame.colorspace == UNSPECIFIED:
             frame.colorspace = info.matrix
-        _write_pixels(scaler, to_sdr, frame, info.rotation, frames_FHWC[first])
+        with errors_naming(path, av.FFmpegError):  # FFmpeg may not know how to convert the pixels
+            _write_pixels(scaler, to_sdr, frame, info.rotation, frames_FHWC[first])
         frames_FHWC[others] = frames_FHWC[first]
         missing.discard(frame.pts)
     assert not missing
