@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,29 @@ def test_the_rate_of_the_disk_is_that_of_a_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(disk_room.time, "monotonic", lambda: next(times))
     assert seconds_to_write(run_alone(tmp_path), 4 * disk_room.PROBE_LIMIT) == 8.0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rate_of_the_disk_does_not_include_what_is_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fast disk, random numbers took two thirds of the time."""
+    now, make = [0.0], os.urandom
+
+    def slow(size: int) -> bytes:
+        now[0] += 100.0
+        return make(size)
+
+    monkeypatch.setattr(os, "urandom", slow)
+    monkeypatch.setattr(disk_room.time, "monotonic", lambda: now[0])
+    assert seconds_to_write(run_alone(tmp_path), 4 * disk_room.PROBE_LIMIT) == 0.0
+    assert now[0] > 0
+
+
+def test_the_measured_file_cannot_be_compressed() -> None:
+    content = disk_room.random_bytes(3 * 2**20)
+    assert len(zlib.compress(bytes(content.numpy()), 1)) > 0.99 * len(content)
+    assert disk_room.random_bytes(disk_room.RANDOM_BYTES + 5).shape == (disk_room.RANDOM_BYTES + 5,)
+    assert disk_room.random_bytes(0).shape == (0,)
 
 
 def test_the_announced_seconds_are_those_of_ranks_that_share_a_disk(tmp_path: Path) -> None:

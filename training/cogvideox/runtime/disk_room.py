@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cogvideox.runtime.run import Run
 
 PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
+RANDOM_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,15 @@ def seconds_to_write(run: "Run", num_bytes: int, shared: bool = False) -> float:
         num_bytes: The size of the checkpoint.
         shared: Whether every rank writes its part of each file; see ``Engine.shares_files``.
     """
-    probe = run.from_main(temporary_of(run.output_dir / "probe"))
     size = max(run.world, min(num_bytes, PROBE_LIMIT))
+    part = shard_of(run, size) if shared else Shard(random_bytes(size * run.is_main), torch.Size([size]))
+    probe = run.from_main(temporary_of(run.output_dir / "probe"))  # here all ranks wait for each other
     start = time.monotonic()
     try:
         if shared:
-            write_shards(probe, {"probe": shard_of(run, size)}, run.is_main, run.gather_or_raise)
+            write_shards(probe, {"probe": part}, run.is_main, run.gather_or_raise)
         elif run.is_main:
-            write_tensors(probe, pieces_of({"probe": random_bytes(size)}))
+            write_tensors(probe, pieces_of({"probe": part.local}))
             fsync(probe)
         if run.is_main:  # which verifies each file
             with open(probe, "rb") as file:
@@ -170,5 +172,6 @@ def shard_of(run: "Run", size: int) -> Shard:
 
 
 def random_bytes(size: int) -> torch.Tensor:
-    """Returns bytes that no disk can compress."""
-    return torch.frombuffer(bytearray(os.urandom(size)), dtype=torch.uint8)
+    """Returns random bytes, repeated after RANDOM_BYTES. File systems compress less than that at once."""
+    some = torch.frombuffer(bytearray(os.urandom(RANDOM_BYTES)), dtype=torch.uint8)
+    return some.repeat(-(-size // RANDOM_BYTES))[:size]
