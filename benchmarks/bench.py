@@ -117,6 +117,13 @@ def measured_arm(work: Work, plan: str, process: Process, traces: bool) -> dict[
     return arm | copies
 
 
+def is_measured(plan: str, arm: dict[str, Any], stock: dict[str, Any] | None) -> bool:
+    """Returns whether no part of a row failed. That a stock arm does not fit into memory is a result too."""
+    parts = [arm.get(name, {}) for name in ("kernels_ms", "trace", "validation")]
+    ours, theirs = (parts, arm) if plan in STOCK else ([arm, *parts], stock or {})
+    return not any("failed" in part for part in ours) and theirs.get("failed", NO_MEMORY) == NO_MEMORY
+
+
 def result_of(row: str, work: Work, arm: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the result of a row: the task, the versions, the figures of its arm, and those of the stock arm."""
     plan = ROWS[row].rows[row]
@@ -145,9 +152,7 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device, seconds: 
             continue
         arm = stock if stock and plan == "stock" else measured_arm(work, plan, process, traces)
         print(json.dumps({"row": row, **arm}), flush=True)
-        is_result = plan in STOCK and arm.get("failed") == NO_MEMORY
-        parts = [arm, arm.get("validation", {}), arm.get("trace", {})]
-        if not is_result and any("failed" in part for part in parts):
+        if not is_measured(plan, arm, stock):
             failed += 1
             continue
         result = result_of(row, work, arm, stock)

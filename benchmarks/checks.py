@@ -12,6 +12,7 @@ export must allow.
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -163,8 +164,12 @@ def backends() -> list[str]:
     return found
 
 
-def main() -> None:
-    """Checks the gradients of all cases, or one complete model; prints each result and writes them to a file."""
+def main() -> int:
+    """Checks the gradients of all cases, or one complete model; prints each result and writes them to a file.
+
+    Returns:
+        The exit status. If a check found an error, it is 1, and no file is written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
     parser.add_argument("--whole", action="store_true")
@@ -180,12 +185,15 @@ def main() -> None:
     for run in runs:
         rows.append(run())
         print(json.dumps(rows[-1]), flush=True)
+    if any("error" in row for row in rows):
+        return 1
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         table = {"kind": args.kind, **device_and_versions(), "rows": rows}
         name = f"checks_{args.kind}{'_whole' if args.whole else ''}.json"
         (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ results are written to one JSON file, and rows with results are not run again.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -45,15 +46,22 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
+def delete_run(output: Path) -> None:
+    """Deletes the output folder of an earlier run, whose steps would count for the next one."""
+    if output.exists():
+        shutil.rmtree(output)
+
+
 def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[str, Any]:
     """Runs a command to its end, or until it has taken its steps; returns the row."""
+    delete_run(output)
     started = time.perf_counter()
     log = output.with_suffix(".log")
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None and (complete or len(lines_of(output)) < steps):
             time.sleep(0.2)
-    made = len(lines_of(output)) >= steps
+    status = process.poll()
     process.kill()
     process.wait()
     lines = lines_of(output)
@@ -63,7 +71,7 @@ def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[st
         row |= {"peak_gib": lines[-1].get("peak_gib"), "seconds": [line["seconds"] for line in lines]}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
-    if not made or (complete and not recipe.is_file()):
+    if len(lines) < steps or (complete and (status or row["verification"] is None)):
         row["failed"] = log.read_text()[-2000:]
     return row
 
@@ -71,9 +79,10 @@ def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[st
 def main() -> None:
     """Trains each kind of model with each method; writes the results after every run, and resumes from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [f"{kind}-{method}" for kind in KINDS for method in METHODS]
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--complete", nargs="*", default=[], metavar="KIND-METHOD")
+    parser.add_argument("--complete", nargs="*", default=[], choices=names, metavar="KIND-METHOD")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)

@@ -6,7 +6,8 @@
 A LoRA is trained for two steps on random weights and exported. Its inference.py then makes a video for each card, in a
 process of its own, while this process allocates the rest of the GPU's memory. The table has the seconds of the
 pipeline's call (prompt, sampling and decoding) and of the whole command with imports and loading, and the peak of the
-memory that torch reserved. Without a GPU, all memory of the host is used, which only tests this script.
+memory that torch reserved. Without a GPU, all memory of the host is used, which only tests this script. That a video
+does not fit into the memory of a card is a result. After any other error, no results are written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from record import device_and_versions
 from startup import TINY, training_command
 
 CALL = "pipeline"  # the word with which the child process begins its line of figures
+NO_MEMORY = "out of memory"  # in the message of torch
 TEXT_LAYERS = 24  # as many as the T5 of CogVideoX has
 
 
@@ -131,12 +133,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Makes a video with the memory of each card, and prints the table."""
+def main() -> int:
+    """Makes a video with the memory of each card, prints the table, and returns the exit status."""
     args = build_parser().parse_args()
     if args.run:
         run_script(args.run[0], args.run[1:])
-        return
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
         script = export_lora(args.model, folder)
@@ -148,9 +150,12 @@ def main() -> None:
         for gib in args.gib:
             rows.append(measure(script, gib, arguments))
             print(row_of(rows[-1]), flush=True)
+    if not all(NO_MEMORY in row.get("error", NO_MEMORY) for row in rows):
+        return 1
     if args.results:
         write_rows(args.results / f"inference_{args.model}.json", args.model, args.steps, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 RATE, HEIGHT, WIDTH, FRAMES, TARGET_RATE = 24, 480, 720, 49, 8
+DAMAGED = "damaged_"  # prefix of the names of clips that are
 X265 = {"x265-params": "log-level=none:keyint=24:pools=1:frame-threads=1", "preset": "ultrafast"}
 X264 = {"g": "48", "bf": "2", "sc_threshold": "0", "preset": "veryfast", "crf": "28"}
 
@@ -52,7 +53,7 @@ def damaged(path: Path, second: float) -> Path:
         container.seek(round(second * av.time_base))
         packet = next(packet for packet in container.demux(video=0) if packet.time_base and packet.dts is not None)
     at = (packet.pos or 0) + packet.size // 3
-    copy = path.with_name(f"damaged_{path.name}")
+    copy = path.with_name(f"{DAMAGED}{path.name}")
     data = bytearray(path.read_bytes())
     data[at : at + 64] = bytes(byte ^ 0x5A for byte in data[at : at + 64])
     copy.write_bytes(data)
@@ -109,15 +110,23 @@ def memory_mib(kind: str) -> int:
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
-    """Returns a row per clip: CPU seconds for listing packets and reading frames, decoded frames, memory."""
+    """Returns a row per clip: CPU seconds for listing packets and reading frames, decoded frames, memory.
+
+    Raises:
+        RuntimeError: A clip that is not damaged cannot be read.
+        EOFError: The process that read a clip has died.
+    """
     context = multiprocessing.get_context("spawn")
     rows = []
     for path in clips(folder):
         ours, theirs = context.Pipe()
         process = context.Process(target=decode_window, args=(path, theirs))
         process.start()
+        theirs.close()  # so that recv ends if the process does
         rows.append(ours.recv())
         process.join()
+        if rows[-1]["error"] and not path.name.startswith(DAMAGED):
+            raise RuntimeError(f"{path.name}: {rows[-1]['error']}")
     return rows
 
 

@@ -6,7 +6,8 @@
 A random VAE of the published size encodes a clip of 49x480x720, with diffusers' code and with the optimized code, with
 and without tiles. The moments are compared with fp32 and with those of diffusers in bf16. One arm stores clips as
 prepare_dataset.py does. A random T5-XXL embeds captions, on the device and streamed from the host. Each arm is printed
-when it is finished. An arm that fails is recorded with its error, and an arm that would start too late is skipped.
+when it is finished. An arm that fails is recorded with its error, and an arm that would start too late is skipped. The
+results are a JSON file only if no arm failed or was skipped; until then they are in a file that ends in .incomplete.
 
 With --only ranks, prepare_dataset.py itself encodes clips from files, with as many processes as --gpus says, one after
 the other. It takes more than three minutes for 1 and 2.
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +91,19 @@ class Arms:
         print(json.dumps(row), flush=True)
         if self.results:  # written after each arm, because compilation may use up the time
             self.results.mkdir(parents=True, exist_ok=True)
-            (self.results / f"{self.name}.json").write_text(json.dumps(self.table, indent=1) + "\n")
+            self._incomplete(self.results).write_text(json.dumps(self.table, indent=1) + "\n")
+
+    def finish(self) -> int:
+        """Gives the results their name if all arms have succeeded; returns the exit status."""
+        if any("error" in row for row in self.rows):
+            return 1
+        if self.results:
+            self._incomplete(self.results).rename(self.results / f"{self.name}.json")
+        return 0
+
+    def _incomplete(self, results: Path) -> Path:
+        """Returns the path of the results until all arms have succeeded."""
+        return results / f"{self.name}.incomplete"
 
     def _clean(self) -> None:
         """Frees the memory and the compiled code of the previous arm."""
@@ -322,6 +336,8 @@ class RanksArms:
         for process in processes:
             process.join()
         times = [json.loads(path.read_text()) for path, *_ in arguments]
+        if sum(map(len, times)) != number * CLIPS_OF_RANK:
+            raise RuntimeError(f"{sum(map(len, times))} of {number * CLIPS_OF_RANK} clips were encoded")
         self.rates[number] = rate = rate_together(times)
         row = {"gpus": number, "clips": [len(own) for own in times], "clips_a_second": round(rate, 4)}
         row |= {"all_s": round(time.perf_counter() - begun, 1)}
@@ -389,8 +405,8 @@ def ranks_arms(arms: Arms, numbers: list[int]) -> None:
             arms.run(f"prepare_dataset.py on {number} GPUs", ranks.arm, number)
 
 
-def main() -> None:
-    """Runs the selected arms and writes their results."""
+def main() -> int:
+    """Runs the selected arms and writes their results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=130, help="no arm starts after this time")
     parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5", "ranks"), help="run only these arms")
@@ -410,7 +426,8 @@ def main() -> None:
         arms.run("store", store, vae.clip_FHWC)
     if "t5" in wanted:
         arms.run("t5 on the host", t5_arms, arms)
+    return arms.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

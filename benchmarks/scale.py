@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from every_task import lines_of
+from every_task import delete_run, lines_of
 from random_models import ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
 from record import device_and_versions, put_into, watched
 
@@ -197,6 +197,7 @@ def end_all(process: subprocess.Popen[bytes]) -> None:
 def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
     """Runs an arm until it has taken its steps; returns the figures, or the end of what it printed."""
     output, log = work_dir / "runs" / arm.name, work_dir / "logs" / f"{arm.name}.log"
+    delete_run(output)
     for folder in (output, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
     command, started = command_of(arm, work_dir, output, port), time.perf_counter()
@@ -215,8 +216,8 @@ def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
         "host_gib": round((free - least[0]) / 2**30, 1),
         "arm_seconds": round(time.perf_counter() - started, 1),
     }
-    if len(lines) <= WARM_UP:
-        return row | {"failed": text[-3000:]}
+    if len(lines) < arm.steps:
+        return row | {"failed": f"{text[-3000:]}\n{len(lines)} of {arm.steps} steps in {row['arm_seconds']} s"}
     seconds = [line["seconds"] for line in lines]
     row |= {"seconds_per_step": round(statistics.median(seconds[WARM_UP:]), 4), "seconds": seconds}
     row |= {name: max(line[name] for line in lines) for name in ("peak_gib", "reserved_gib") if name in lines[0]}

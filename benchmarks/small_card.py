@@ -27,7 +27,6 @@ import os
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from every_task import lines_of
+from every_task import delete_run, lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
 from record import device_and_versions, watched
 
@@ -104,8 +103,7 @@ def left_bytes(group: Path) -> int:
 def empty_places(work_dir: Path) -> tuple[Path, Path]:
     """Returns the output folder and the log of the run, and deletes those of an earlier run."""
     output, log = work_dir / "run", work_dir / "run.log"
-    if output.exists():
-        shutil.rmtree(output)
+    delete_run(output)
     log.unlink(missing_ok=True)
     return output, log
 

@@ -36,11 +36,15 @@ STARTED = re.compile(r"first step finished after (?P<total>[\d.]+) s: (?P<phases
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "PYTHONPYCACHEPREFIX")
 
 
-def seconds(command: list[object], status: int) -> float:
-    """Returns the seconds of one run of a script, including the start of the interpreter."""
+def seconds(command: list[object], status: int = 0, error: str = "") -> float:
+    """Returns the seconds of one run of a script, including the start of the interpreter.
+
+    Raises:
+        RuntimeError: The script ended with another status, or did not print the error.
+    """
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    if done.returncode != status:
+    if done.returncode != status or error not in done.stderr:
         raise RuntimeError(done.stderr)
     return time.perf_counter() - started
 
@@ -48,7 +52,7 @@ def seconds(command: list[object], status: int) -> float:
 def time_help(runs: int) -> None:
     """Prints how long --help takes in each script."""
     for script in SCRIPTS:
-        times = [seconds([script, "--help"], 0) for _ in range(runs)]
+        times = [seconds([script, "--help"]) for _ in range(runs)]
         print(f"{script.name:36} median {statistics.median(times):.3f} s, worst {max(times):.3f} s of {runs}")
 
 
@@ -98,10 +102,11 @@ def time_rows(rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pairs = make_files(root, rows)
+        missing = f"{pairs[-1][0]}: no such file"
         for name, write in FORMS.items():
             flags = write(root, pairs)
             command = [PREPARE, "--model_id", root, "--data_root", root, "--output_dir", root / "out", *flags]
-            print(f"{rows} rows as {name:12} {seconds(command, 2):.2f} s until the missing file is named")
+            print(f"{rows} rows as {name:12} {seconds(command, 2, missing):.2f} s until the missing file is named")
 
 
 class Start(NamedTuple):

@@ -86,7 +86,11 @@ def test_all_weights(tmp_path: Path, spawned: list[list[str]]) -> None:
 
 
 @pytest.mark.parametrize("row", ["2b-sft-lean-fp16", "5b-r128-lean-fp16"])
-def test_fp16_scales_the_loss(row: str, tmp_path: Path, spawned: list[list[str]]) -> None:
+def test_fp16_scales_the_loss(
+    row: str, tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate has no fp16 on a CPU, so the stock arm is replaced by one that does not fit into memory."""
+    monkeypatch.setattr(bench, "stock_arm", lambda *_: {"failed": arms.NO_MEMORY})
     assert bench.main(["--rows", row, *CPU, str(tmp_path)]) == 0
     result = results_in(tmp_path)[row]
     assert result["precision"] == "fp16"
@@ -208,6 +212,38 @@ def test_a_stock_arm_that_does_not_fit_is_a_result(
     assert results["5b-r16-stock"]["failed"] == arms.NO_MEMORY
     assert results["5b-r16-lean"]["ratio"] is None
     assert "| stock | out of memory |" in bench_table.table(list(results.values()))
+
+
+def test_a_row_needs_the_stock_arm(tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("no such optimizer")
+
+    monkeypatch.setattr(bench, "stock", failing)
+    assert bench.main(["--rows", "5b-r16-stock", "5b-r16-lean", *CPU, str(tmp_path)]) == 1
+    assert results_in(tmp_path) == {}
+
+
+FULL, BROKEN = {"failed": arms.NO_MEMORY}, {"failed": "no such kernel"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "arm", "stock", "is_measured"),
+    [
+        ("lean", {}, None, True),
+        ("lean", {}, FULL, True),
+        ("lean", {}, BROKEN, False),
+        ("lean", FULL, {}, False),
+        ("lean", {"kernels_ms": FULL}, {}, False),
+        ("lean", {"trace": BROKEN}, {}, False),
+        ("stock", FULL, FULL, True),
+        ("stock-offload", {}, BROKEN, True),
+        ("stock-offload", BROKEN, {}, False),
+    ],
+)
+def test_every_part_of_a_row_is_measured(
+    plan: str, arm: dict[str, Any], stock: dict[str, Any] | None, is_measured: bool
+) -> None:
+    assert bench.is_measured(plan, arm, stock) == is_measured
 
 
 @pytest.mark.parametrize("rank", [16, 0])
