@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,18 @@ from evaluating import bare
 from fakes import listing, state_of
 from running import LORA_SCRIPT, PROMPT, Forked, finish, fork_ranks, lora_flags, losses, metrics, python, train
 
+from cogvideox.config.flags import ValidationFlags
 from cogvideox.data.sampler import Order
 from cogvideox.evaluation import validation
 from cogvideox.evaluation.before_after import SHEET_NAME
-from cogvideox.evaluation.validation import FOLDER, Prompts, Validator, evaluation_mode
+from cogvideox.evaluation.validation import (
+    DECIDING_FLAGS,
+    FOLDER,
+    SETTINGS_NAME,
+    Prompts,
+    Validator,
+    evaluation_mode,
+)
 from cogvideox.model import models
 from cogvideox.runtime.checkpoint_files import checkpoints
 
@@ -128,9 +138,40 @@ def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> 
     assert videos(tmp_path) == {"older-0": [0, 2, 4], "older-1": [0, 2, 4]}
 
 
+ONLY_WHICH_AND_WHEN = {
+    "do_validation": True,
+    "validation_prompt": "a :",
+    "validation_prompt_separator": ":",
+    "validation_dir": "prompts",
+    "validation_prompts": "list.txt",
+    "num_validation_videos": 2,
+    "validation_steps": 1,
+    "validation_epochs": 1,
+    "validation_fps": 8.0,  # which the videos have anyway
+    "enable_slicing": True,
+}
+
+
+def test_every_flag_decides_what_videos_show_or_does_not() -> None:
+    assert {*DECIDING_FLAGS, *ONLY_WHICH_AND_WHEN} == {item.name for item in fields(ValidationFlags)}
+
+
+@pytest.mark.parametrize("flag", ONLY_WHICH_AND_WHEN)
+def test_videos_that_another_command_would_make_alike_stay(tmp_path: Path, flag: str) -> None:
+    bare(tmp_path).set_aside_stale(0, 8, {})
+    fill(tmp_path, 0, 2)
+    validator = bare(tmp_path)
+    validator.flags = replace(validator.flags, **{flag: ONLY_WHICH_AND_WHEN[flag]})
+    validator.set_aside_stale(2, 8, {})
+    assert videos(tmp_path) == {FOLDER: [0, 2]}
+
+
 def test_videos_of_an_earlier_version_stay(tmp_path: Path) -> None:
-    """It named where the state was stored, and lacked a switch."""
+    """It named all flags of validation and where the state was stored, and lacked a switch."""
     bare(tmp_path).set_aside_stale(4, 4, {"seed": 1, "offload_gradients": True})
+    settings = json.loads((tmp_path / FOLDER / SETTINGS_NAME).read_text())
+    settings["validation"] = asdict(bare(tmp_path).flags) | settings["validation"]
+    (tmp_path / FOLDER / SETTINGS_NAME).write_text(json.dumps(settings))
     fill(tmp_path, 0, 4)
     bare(tmp_path).set_aside_stale(4, 4, {"seed": 1, "use_bf16_moments": False})
     assert videos(tmp_path) == {FOLDER: [0, 4]}

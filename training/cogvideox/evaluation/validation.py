@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ from cogvideox.runtime.resume import as_written_now
 from cogvideox.runtime.run import METRICS_NAME, Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
+# The flags that decide what a video of a prompt shows. Others decide only which videos are made, and when.
+DECIDING_FLAGS = (
+    *("negative_prompt", "num_inference_steps", "guidance_scale", "use_dynamic_cfg"),
+    *("height", "width", "validation_frames", "enable_tiling"),
+)
 
 
 @dataclass(frozen=True)
@@ -194,18 +199,21 @@ class Validator:
             first_step: The step from which the run continues. Later videos are outdated if the number of steps, and
                 thus the learning rate schedule, has changed, and if their steps are repeated.
             total_steps: Number of optimizer steps in the run.
-            recipe: The settings that decide the result. All videos made with other settings are outdated, except for
-                settings in --allow_changed.
+            recipe: The settings that decide the result. All videos made with other settings, or with other values of
+                ``DECIDING_FLAGS``, are outdated, except for settings in --allow_changed.
         """
         folder = self.run.output_dir / FOLDER
         images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
-        flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps, "images": images}
+        decide = {name: getattr(self.flags, name) for name in DECIDING_FLAGS}
+        flags = {**decide, "seed": self.options.data.seed, "fps": self.fps, "images": images}
         current = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
         settings = json.loads(json.dumps(current))
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
             previous = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             previous["recipe"] = as_written_now(previous.get("recipe", {}), settings["recipe"])
+            # Earlier versions wrote all flags of validation.
+            previous["validation"] = {n: v for n, v in previous.get("validation", {}).items() if n in flags}
             allowed = self.options.train.allow_changed
             same_recipe = without_recipe_entries(
                 allowed, {**previous, "total_steps": total_steps}
