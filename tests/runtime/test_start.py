@@ -33,6 +33,7 @@ from cogvideox.model import models
 from cogvideox.runtime.checkpoint_files import PROGRESS_NAME
 from cogvideox.runtime.resume import DATA, SAMPLES_NAME, setting
 
+CHANGED = ("learning_rate", "samples_per_step", DATA)
 VALIDATED = ("--load_tensors", "--validation_prompt", PROMPT)
 
 
@@ -105,6 +106,38 @@ def test_an_allowed_change_keeps_the_step_and_the_videos(model: Path, tensors: P
     assert losses(again)[:6] == before
     assert videos <= {path.name for path in (again / "validation").iterdir()}
     assert "--learning_rate: 0.02 there, 0.01 now" in refused(flags)  # The new checkpoint has the new value.
+
+
+def test_all_allowed_changes_are_named_together(model: Path, tensors: Path, again: Path) -> None:
+    """A second --allow_changed replaces the first, so a message that names only one of two would not help."""
+    flags = lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 8, "--learning_rate", "2e-2")
+    text = refused([*flags, "--caption_dropout", "0.5", "--allow_changed", "learning_rate"])
+    assert "add --allow_changed learning_rate caption_dropout, or start" in text
+    assert "--learning_rate:" not in text
+
+
+def test_a_change_of_a_finished_run_has_no_effect_and_the_card_does_not_claim_it(
+    model: Path, tensors: Path, again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
+    changed = ("--learning_rate", "2e-2", "--gradient_accumulation_steps", 1)
+    before, data = json.loads((again / "recipe.json").read_text()), (again / SAMPLES_NAME).read_bytes()
+    flags = lora_flags(model, fewer, again, *VALIDATED, *changed)
+    assert train([*flags, "--allow_changed", "learning_rate", "samples_per_step", "data"]) == 0
+    rule = f"has no effect; {again / 'checkpoint-6'} has all 6 steps; give a larger --max_train_steps"
+    assert f"--allow_changed samples_per_step learning_rate data: {rule}\n" in capsys.readouterr().err
+    after = json.loads((again / "recipe.json").read_text())
+    assert {name: after[name] for name in CHANGED} == {name: before[name] for name in CHANGED}
+    assert "6, of 2 samples each; learning rate 0.01, constant, adamw." in (again / "README.md").read_text()
+    assert (again / SAMPLES_NAME).read_bytes() == data
+    assert train(lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 7)) == 0
+
+
+def test_the_flag_that_makes_a_run_too_short_is_named(model: Path, tensors: Path, again: Path) -> None:
+    flags = lora_flags(model, tensors, again, *VALIDATED)
+    at = flags.index("--max_train_steps")
+    text = refused([*flags[:at], *flags[at + 2 :], "--num_train_epochs", "1"])
+    assert f"--num_train_epochs 1, which are 3 steps: {again} is at step 6 already; give more" in text
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

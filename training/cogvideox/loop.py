@@ -69,6 +69,7 @@ from cogvideox.runtime.report import write_report
 from cogvideox.runtime.resume import (
     DATA,
     StartPoint,
+    changes,
     check_length,
     check_same_samples,
     common_settings,
@@ -129,10 +130,16 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     ids, buckets = [s.id for s in index.samples], [s.bucket for s in index.samples]
     order = Order(ids, buckets, samples_per_step(options, run.world), options.data.seed, stratified)
     total = order.total_steps(train.max_train_steps, train.num_train_epochs)
-    check_length(start, total, run.output_dir)
-    if line := warm_up_note(options.optimizer, total, order.global_batch):
-        run.say(line)
-    return Steps(order, total, recipe | {DATA: index.fingerprint}, start)
+    check_length(start, total, options.train)
+    recipe = recipe | {DATA: index.fingerprint}
+    if start.step < total:
+        if line := warm_up_note(options.optimizer, total, order.global_batch):
+            run.say(line)
+    elif changed := changes(start.recipe, recipe):
+        rule = f"has no effect; {start.folder} has all {plural(total, 'step')}; give a larger --max_train_steps"
+        run.say(f"--allow_changed {' '.join(changed)}: {rule}")
+        recipe |= {name: then for name, (then, _) in changed.items()}  # The result was made with these.
+    return Steps(order, total, recipe, start)
 
 
 class BadClips:
@@ -260,7 +267,8 @@ class Trainer:
         steps.start.load(run, self.engine, method)
         if run.is_main:
             write_config(run, options, str(plan))
-            write_samples(run.output_dir, tensors.index)
+            if steps.recipe[DATA] == tensors.index.fingerprint:  # otherwise no step is trained on these samples
+                write_samples(run.output_dir, tensors.index)
         self.skipped = SkippedSteps(run, steps.first)
         self.saver = self._make_saver()
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)

@@ -155,7 +155,7 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
     samples = read_samples(options, geometry, start)
     order = Order(samples.ids, samples.buckets, samples_per_step(options, run.world), options.data.seed)
     steps = order.total_steps(options.train.max_train_steps, options.train.num_train_epochs)
-    check_length(start, steps, Path(options.train.output_dir))
+    check_length(start, steps, options.train)
     lines, fits = report(replace(run, steps=steps, start=start), options, samples)
     print("\n".join([*lines, *unchecked, *samples.unchecked]))
     return 0 if fits else 1

@@ -168,7 +168,7 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
     progress = json.loads((folder / PROGRESS_NAME).read_text())
     start = StartPoint(folder, progress["step"], progress["recipe"])
     check_recipe(start, recipe, options)
-    check_length(start, options.train.max_train_steps, run.output_dir)
+    check_length(start, options.train.max_train_steps, options.train)
     return start
 
 
@@ -222,25 +222,35 @@ def expected_start(train: TrainFlags) -> StartPoint:
 # -- settings that a resumed run shares with the interrupted one -------------------------------------------------------
 
 
-def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -> None:
+def check_length(start: StartPoint, total_steps: int | None, train: TrainFlags) -> None:
     """Raises UsageError if a run has passed its last step already. ``total_steps`` is None if it is not known yet."""
     if total_steps is not None and start.step > total_steps:
+        given = f"--max_train_steps {total_steps}"
+        if train.max_train_steps is None:
+            given = f"--num_train_epochs {train.num_train_epochs}, which are {plural(total_steps, 'step')}"
         raise UsageError(
-            f"--max_train_steps {total_steps}: {output_dir} is at step {start.step} already; "
+            f"{given}: {train.output_dir} is at step {start.step} already; "
             "give more, or --resume_from_checkpoint with an earlier one"
         )
 
 
+def changes(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """Returns the entries of two recipes that differ, by name: the value that was written, and the current one."""
+    now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
+    then = as_written_now(then, now)
+    pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
     """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
-    now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
-    then = as_written_now(start.recipe, now)
     free = {DATA, *options.train.allow_changed}
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
+    changed = {name: pair for name, pair in changes(start.recipe, now).items() if name not in free}
     if changed:
-        values = {name: (shown(then.get(name)), shown(now.get(name))) for name in changed}
-        differences = [f"  {setting(name)}: {old} there, {new} now" for name, (old, new) in values.items()]
-        hint = continue_hint(start, changed, options)
+        differences = [
+            f"  {setting(name)}: {shown(old)} there, {shown(new)} now" for name, (old, new) in changed.items()
+        ]
+        hint = continue_hint(start, list(changed), options)
         raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
 
 
@@ -281,7 +291,8 @@ def as_written_now(then: Mapping[str, object], now: Mapping[str, object]) -> dic
 
 def continue_hint(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
     """Returns, for a message, the flags that allow a changed setting or that start a new run from the weights."""
-    allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
+    names = dict.fromkeys((*options.train.allow_changed, *changed))  # A second --allow_changed would replace the first.
+    allowed = "add --allow_changed " + " ".join(names) + ", or " if set(changed) <= set(CHANGEABLE) else ""
     if isinstance(options, LoraOptions):
         weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
     else:
