@@ -140,6 +140,13 @@ def test_the_flag_that_makes_a_run_too_short_is_named(model: Path, tensors: Path
     assert f"--num_train_epochs 1, which are 3 steps: {again} is at step 6 already; give more" in text
 
 
+def test_a_finished_run_is_evaluated_once(
+    model: Path, tensors: Path, again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(lora_flags(model, tensors, again, *VALIDATED)) == 0
+    assert capsys.readouterr().err.count("validation after step 6") == 1
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 

@@ -277,6 +277,7 @@ class Trainer:
         self.held_out = HeldOut(run, tensors, options.data.seed, method.transformer, losses)
         self.best = BestCheckpoint(self.saver, options.train.keep_best, self.held_out.grid)
         self.last_step = steps.total  # lower once --stop_when_worse has ended the run
+        self.rendered: int | None = None  # the newest step whose videos have been rendered
 
     def train(self) -> None:
         """Trains until the last step and saves it.
@@ -477,8 +478,12 @@ class Trainer:
                 self.held_out.measure(step)
                 self.saver.after_writing(partial(self.best.update, step))
                 self._end_if_worse(step)
-            videos = self.validator.render(step) if ends or self.validator.due(step) else []
-            self._draw(step, videos)
+            if ends or self.validator.due(step):
+                if step != self.rendered:  # The last step may have been evaluated before the loop, or as its last one.
+                    self._draw(step, self.validator.render(step))
+                self.rendered = step
+            else:
+                self._draw(step, [])
 
     def _end_if_worse(self, step: int) -> None:
         """Makes a step the last one if the held-out loss has not improved for long enough."""
