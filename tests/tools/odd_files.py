@@ -26,6 +26,7 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("training", "tests/shared")]
 
+from fields import field_coded
 from hdr import VP9, dolby_vision_8_4, tagged_by_container, video
 from numbered import (
     COUNT,
@@ -190,6 +191,7 @@ def coded_cases() -> Iterator[Case]:
     for name, (what, how) in ways.items():
         yield good(name, functools.partial(encode, *what, **how))
     yield good("gray.mp4", functools.partial(encode, "mp4", pix_fmt="gray"), gray=True)
+    yield from field_cases()
     yield from stream_cases()
     yield from old_cases()
     yield good("video_with_cover.mp4", lambda: sounds(cover=True, video=True))
@@ -215,6 +217,13 @@ def recovered_too_early(data: bytes) -> bytes:
     new = re.sub(rb"(?s)(\x06\x06\x02)(.)(?=.\x80)", lambda match: match[1] + bytes([match[2][0] | 0x80]), data)
     assert new != data
     return new
+
+
+def field_cases() -> Iterator[Case]:
+    """Yields interlaced videos that are coded field by field; both fields of a picture must be read as one frame."""
+    for container, suffix in {"mpegts": "mts", "matroska": "mkv", "mp4": "mp4"}.items():
+        yield good(f"fields.{suffix}", functools.partial(field_coded, container))
+        yield good(f"fields_in_one_packet.{suffix}", functools.partial(field_coded, container, packets=1))
 
 
 def stream_cases() -> Iterator[Case]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from av.packet import Packet
 
+from cogvideox.data.media.container.bits import Bits, length_bytes, units_of
+
 _SLICES = {"h264": range(1, 6), "hevc": range(32)}  # types of NAL units that hold picture data
 _PARAMETERS = {"h264": (7,), "hevc": (33,)}  # types of sequence parameter sets, which hold the size
 # For other codecs, the bytes that precede the size, and how many bytes from there on hold it. If further bytes change,
@@ -36,7 +38,7 @@ class KeyframeHeaders:
             extradata: Headers of the codec that the container stores.
         """
         self._codec = codec
-        self._length_bytes = _length_bytes(codec, extradata)
+        self._length_bytes = length_bytes(codec, extradata)
 
     def read(self, packet: Packet) -> tuple[bytes, bool]:
         """Reads the headers of a keyframe.
@@ -59,50 +61,15 @@ class KeyframeHeaders:
 
     def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields the type and the bytes of each unit of a packet, up to the first that holds picture data."""
-        for unit in _with_lengths(data, self._length_bytes) if self._length_bytes else _with_start_codes(data):
+        for unit in units_of(data, self._length_bytes):
             kind = unit[0] & 31 if self._codec == "h264" else unit[0] >> 1 & 63
             yield kind, unit
             if kind in _SLICES[self._codec]:
                 return
 
 
-def _length_bytes(codec: str, extradata: bytes) -> int:
-    """Returns how many bytes store the length of each unit; 0 if units begin with start codes instead."""
-    at = {"h264": 4, "hevc": 21}.get(codec, 0)
-    return (extradata[at] & 3) + 1 if at and extradata[:1] == b"\1" and len(extradata) > at else 0
-
-
-def _with_lengths(data: bytes, length_bytes: int) -> Iterator[bytes]:
-    at = 0
-    while at + length_bytes < len(data):
-        start = at + length_bytes
-        at = start + int.from_bytes(data[at:start], "big")
-        if data[start:at]:
-            yield data[start:at]
-
-
-def _with_start_codes(data: bytes) -> Iterator[bytes]:
-    start = data.find(b"\0\0\1") + 3
-    while 3 <= start < len(data):
-        end = data.find(b"\0\0\1", start)
-        unit = data[start : end if end >= 0 else len(data)].rstrip(b"\0")
-        if unit:
-            yield unit
-        start = end + 3
-
-
 def _refers_to_nothing(unit: bytes) -> bool:
     """Returns whether an h264 slice can be decoded without other pictures."""
-    bits = "".join(f"{byte:08b}" for byte in unit[1:13])
-    _, at = _number(bits, 0)  # skips the position of the slice in the picture
-    return _number(bits, at)[0] % 5 in (2, 4)
-
-
-def _number(bits: str, at: int) -> tuple[int, int]:
-    """Reads an Exp-Golomb number, and returns it with the position after it.
-
-    It is coded as n zeros and then n + 1 bits, of which the first is 1; the number is the value of these bits minus 1.
-    """
-    num_zeros = max(bits.find("1", at), at) - at
-    end = at + 2 * num_zeros + 1
-    return int(bits[at + num_zeros : end] or "1", 2) - 1, end
+    bits = Bits(unit[1:13])
+    bits.golomb()  # the position of the slice in the picture
+    return bits.golomb() % 5 in (2, 4)

@@ -1,63 +1,31 @@
 """Separates the pictures of MPEG-4 part 2 streams, as Xvid and DivX wrote them into avi files.
 
-``unpacker`` is the entry point: it turns packets into pictures. A packet in avi has no time, only its position. A
+``Unpacker`` is the entry point: it turns packets into pictures. A packet in avi has no time, only its position. A
 B-frame is decoded after a picture that is shown later. So encoders packed it into the same packet behind that picture,
 and stored an empty picture (an N-VOP) at the position where the B-frame would have been:
 
     stored packets:  [I0] [P3 B1] [B2] [N-VOP]  -->  pictures: I0, P3, B1, B2, each at its own position
-
-In other codecs each packet holds one picture.
 """
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
 
 from av.packet import Packet
-from av.video.stream import VideoStream
 
+from cogvideox.data.media.container.bits import Bits
+from cogvideox.data.media.container.picture import Picture
 from cogvideox.data.media.faults import VideoError
 
 # A start code, followed by the headers of a stream or by a picture.
 _START = re.compile(rb"\x00\x00\x01([\x20-\x2f\xb6])")
 _PICTURE = b"\xb6"
 _I, _B = 0, 2  # coding types of pictures
+_HEADER_BYTES = 64  # more than a header can take
 
 
-@dataclass(frozen=True)
-class Picture:
-    """Holds one picture in a packet for the decoder.
-
-    Attributes:
-        packet: The data of the picture and its times.
-        is_b: Whether it is a B-frame.
-        is_empty: Whether it has no data, so that the picture before it is shown again.
-        was_packed: Whether it was stored behind another picture in one packet.
-    """
-
-    packet: Packet
-    is_b: bool = False
-    is_empty: bool = False
-    was_packed: bool = False
-
-
-def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
-    """Returns a function that yields the pictures of each packet of a stream.
-
-    It must be called with all packets in their order, including the empty one at the end.
-    """
-    codec = stream.codec_context
-    in_avi = stream.container.format.name == "avi"
-    return _Unpacker(codec.extradata or b"", in_avi) if codec.name == "mpeg4" else _one_picture
-
-
-def _one_picture(packet: Packet) -> Iterator[Picture]:
-    yield Picture(packet, is_empty=not packet.size)
-
-
-class _Unpacker:
+class Unpacker:
     """Divides packets that hold several pictures. Those after the first wait for the empty packets that follow."""
 
     def __init__(self, headers: bytes, in_avi: bool) -> None:
@@ -114,7 +82,7 @@ class _Unpacker:
         at = data.find(b"\x00\x00\x01" + _PICTURE)
         if at < 0:  # DivX wrote one byte for a dropped frame
             return Picture(packet, is_empty=len(data) == 1)
-        bits = _Bits(data[at + 4 :])
+        bits = Bits(data[at + 4 : at + 4 + _HEADER_BYTES])
         coding_type = bits(2)
         while bits(1):  # one bit for each full second
             pass
@@ -124,25 +92,13 @@ class _Unpacker:
         return Picture(packet, coding_type == _B, is_empty=not bits(1), was_packed=was_packed)
 
 
-class _Bits:
-    """Reads numbers with a given count of bits, one after the other; after the end of the data there are zeros."""
-
-    def __init__(self, data: bytes) -> None:
-        self._value = int.from_bytes(data[:64] + bytes(64))
-        self._left = 8 * (len(data[:64]) + 64)
-
-    def __call__(self, count: int) -> int:
-        self._left -= count
-        return self._value >> self._left & (1 << count) - 1
-
-
 def _clock_bits(header: bytes) -> int:
     """Returns how many bits hold the time in the header of each picture.
 
     Args:
         header: The header of a video object layer, after its start code.
     """
-    bits = _Bits(header)
+    bits = Bits(header[:_HEADER_BYTES])
     bits(1 + 8)  # random access flag, type of object
     version = 1
     if bits(1):

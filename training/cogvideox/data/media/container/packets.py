@@ -11,7 +11,7 @@ that are cut off or joined. It relies on PyAV; decode.py turns frames into pixel
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,9 +24,11 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from cogvideox.data.media.container.fields import FieldPairs
 from cogvideox.data.media.container.joined import second_file
 from cogvideox.data.media.container.keyframes import KeyframeHeaders
-from cogvideox.data.media.container.mpeg4 import Picture, unpacker
+from cogvideox.data.media.container.mpeg4 import Unpacker
+from cogvideox.data.media.container.picture import Picture
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import PacketIndex
 
@@ -115,6 +117,21 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     if first is None:
         raise VideoError(f"has no frame that decodes; {AGAIN}")
     return _index(container, stream, packets, (first.height, first.width), stamp), first
+
+
+def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
+    """Returns a function that yields the pictures of each packet of a stream.
+
+    It must be called with all packets in their order, including the empty one at the end.
+    """
+    codec = stream.codec_context
+    if codec.name == "mpeg4":
+        return Unpacker(codec.extradata or b"", stream.container.format.name == "avi")
+    return FieldPairs(codec.extradata or b"") if codec.name == "h264" else _one_picture
+
+
+def _one_picture(packet: Packet) -> Iterator[Picture]:
+    yield Picture(packet, is_empty=not packet.size)
 
 
 def strict_decoder(stream: VideoStream) -> VideoCodecContext:
@@ -207,6 +224,7 @@ class _PacketLog:
         are_packed: Whether a packet held several pictures.
         last_dts: Decoding time of the last packet of an avi file, which may be empty; 0 for other formats.
         has_gradual: Whether there are keyframes at which decoding must not start (see ``KeyframeHeaders``).
+        num_second_fields: Packets that only complete the picture before them, which have no entry.
         may_change_size: Whether the picture that was added last may have another size than those before it.
     """
 
@@ -217,6 +235,7 @@ class _PacketLog:
     are_packed: bool = False
     last_dts: int = 0
     has_gradual: bool = False
+    num_second_fields: int = 0
     may_change_size: bool = False
     _size_bytes: bytes = b""
     _latest: int | None = None
@@ -226,6 +245,10 @@ class _PacketLog:
         """Adds a picture. Raises VideoError for timestamps that are missing or start again, and for too many frames."""
         packet = picture.packet
         if not packet.size and packet.dts is None:  # the end of the file
+            return
+        if picture.is_second_field:
+            self.num_second_fields += 1
+            self.may_change_size = False
             return
         if packet.pts is None:
             raise VideoError("its packets have no timestamps; re-encode it as h264 in mp4")
@@ -346,7 +369,8 @@ def _decode_or_raise(packet: Packet, decoder: VideoCodecContext) -> list[VideoFr
 
 def _check_complete(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> None:
     """Raises VideoError if the file holds clearly less than its header says, because it was cut off."""
-    num_found, num_promised = len(packets.entries), stream.frames  # the headers of avi and ivf count the frames
+    num_found = len(packets.entries) + packets.num_second_fields
+    num_promised = stream.frames  # the headers of avi and ivf count the frames
     if "mov" in container.format.name:  # the header of an mp4 lists every frame
         num_promised = sum(entry.size > 0 for entry in stream.index_entries)
     if container.format.name == "avi":
@@ -433,7 +457,8 @@ def _packet_conversions(container: InputContainer, stream: VideoStream, packets:
     is_first = stream.index == _candidates(container)[0].index
     chosen = () if is_first else (f"stream {stream.index}",)
     packed = ("packed b-frames",) if packets.are_packed else ()
-    return chosen + packed + (("gradual keyframes",) if packets.has_gradual else ())
+    fields = ("fields",) if packets.num_second_fields else ()
+    return chosen + packed + fields + (("gradual keyframes",) if packets.has_gradual else ())
 
 
 def _count_trailing_empty(path: str, stream: int, start: int) -> int:

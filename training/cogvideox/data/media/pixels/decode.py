@@ -31,7 +31,6 @@ from av.video.stream import VideoStream
 from cogvideox.data.media.colors.alpha import is_transparent, on_black
 from cogvideox.data.media.colors.planes import EXACT_SCALING, plane_array
 from cogvideox.data.media.colors.sdr import UNSPECIFIED, ColorTags, SdrConverter
-from cogvideox.data.media.container.mpeg4 import unpacker
 from cogvideox.data.media.container.packets import (
     decode_packet,
     existing_stamp,
@@ -39,6 +38,7 @@ from cogvideox.data.media.container.packets import (
     scan,
     size_change,
     strict_decoder,
+    unpacker,
 )
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
