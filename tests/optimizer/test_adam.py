@@ -368,6 +368,21 @@ SMALLER = [(EIGHT_BIT, True), (BF16, True), (FP32, False), (EIGHT_BIT, False)]  
 
 
 @pytest.mark.parametrize(("moments", "masters"), SMALLER)
+def test_the_sign_of_a_gradient_of_zero_changes_no_bit(moments: str, masters: bool) -> None:
+    """Adding a gradient to zeros, as is done on the device, turns -0 into 0; one that is stored on the host stays."""
+    settings = replace(adam(moments), masters=masters)
+    found = []
+    for zero in (0.0, -0.0):
+        weight, state = gradient_of(9).bfloat16(), fresh(settings, torch.bfloat16)
+        for step in (1, 2):
+            gradient = gradient_of(step)
+            gradient[:, ::2] = zero if step == 2 else 1e-3
+            update(weight, gradient, state, step_of(settings, 1e-3, step), settings)
+        found.append({"weight": weight} | state)
+    assert state_equal(*found)
+
+
+@pytest.mark.parametrize(("moments", "masters"), SMALLER)
 def test_smaller_state_is_the_same_wherever_it_is_stored(
     monkeypatch: pytest.MonkeyPatch, moments: str, masters: bool
 ) -> None:

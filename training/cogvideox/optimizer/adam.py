@@ -246,10 +246,11 @@ def rounded_root(share: Tensor, roots: int, codes: float, noise: Tensor) -> Tens
 
 
 def hashed(step: Tensor, *values: Tensor) -> Tensor:
-    """Returns random bits, int32, that depend on a step and on all bits of fp32 values."""
+    """Returns random bits, int32, that depend on a step and on all bits of fp32 values, except the sign of a zero."""
     bits = step.to(torch.int32)
     for value in values:
-        bits = (bits ^ value.view(torch.int32)) * MIXERS[0]
+        # A gradient of -0 stays -0 on the host, but becomes 0 on the device, where it is added to zeros.
+        bits = (bits ^ torch.where(value == 0, 0, value.view(torch.int32))) * MIXERS[0]
         bits = (bits ^ ((bits >> LOW_BITS) & LOW_MASK)) * MIXERS[1]
         bits = bits ^ ((bits >> LOW_BITS) & LOW_MASK)
     return bits
