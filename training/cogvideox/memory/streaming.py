@@ -47,8 +47,8 @@ ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create
 SUMS = "sums"  # the name of what HostGradients stores if there are several passes
 IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
 Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work is complete when a call returns
-# Issues an update of weights on the device that are there after an event; returns the event after which they are new,
-# and the event after which the new ones are on the host too.
+# Issues an update of weights on the device that begins after an event; returns the event after which they are new, and
+# the event after which the new ones are on the host too.
 Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
 STAGES = 3  # slots of a TransferPipeline: one is filled, one is worked on, and one is emptied
 # The same while blocks compute. A kernel of cuDNN's attention takes the whole device for up to 9 ms. Until it ends, no
@@ -180,7 +180,7 @@ def aligned(size: int) -> int:
 
 # CUDA distributes streams over hardware queues, of which there are 8 by default. Work of two streams that share a queue
 # runs in the order in which it was issued, so kernels would wait behind copies that wait for an event. With the compute
-# stream there are nine streams here. CUDA reads this when the process first uses a GPU.
+# stream there are eight streams here, and NCCL has others. CUDA reads this when the process first uses a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
@@ -482,9 +482,9 @@ class TrainedBlocks:
 
     An update that passes through the device is issued before its block is used again, in the order of the blocks, so
     that it runs while earlier blocks compute. That of a block on the host is issued when forward fetches it, and made
-    in the slot of the ring. Those of blocks on the device begin one after another while the blocks on the device
-    compute, the last one with the block before its own. If all began at once, saved activations could not leave in
-    between: a direction of the link makes copies of one stream until that has none ready.
+    in the slot of the ring. Those of blocks on the device begin one after another, spread evenly over the blocks on the
+    device, and none later than with the block before its own. If all began at once, saved activations could not leave
+    in between: a direction of the link makes copies of one stream until that has none ready.
 
     Args:
         parameters: Each block's parameters by block number, in the layout's order; they are views of ``weights``.
@@ -517,8 +517,8 @@ class TrainedBlocks:
 
         Args:
             updates: By block in ascending order, a function that issues the update of weights on the device. It gets
-                the flat array of weights and the event after which they are there, and returns the event after which
-                they are updated, and the one after which blocks on the host have them there.
+                the flat array of weights and the event after which the update may begin, and returns the event after
+                which they are updated, and the one after which blocks on the host have them there.
         """
         self.pending, self.updated = dict(updates), {}
         if self.ring:
