@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from cogvideox.config.flags import ModelFlags
 from cogvideox.errors import UsageError
@@ -55,6 +58,73 @@ def test_stored_dtype_is_read_from_the_weights(own: Path, dtype: str) -> None:
 def test_the_folder_s_name_says_nothing(own: Path, name: str) -> None:
     rewrite(own / VAE, lambda t: {key: tensor.half() for key, tensor in t.items()})
     assert models.stored_dtype(flags(own.rename(own.with_name(name))), "vae") == "fp16"
+
+
+PARTS = {
+    "transformer": (CogVideoXTransformer3DModel, "transformer_blocks.1.", "attn1.to_k.weight"),
+    "text_encoder": (T5EncoderModel, "encoder.block.1.", "layer.0.SelfAttention.k.weight"),
+    "vae": (AutoencoderKLCogVideoX, "decoder.up_blocks.1.", "resnets.0.conv1.conv.weight"),
+}
+Weights = dict[str, torch.Tensor]
+
+
+def without(weights: Weights, layer: str, _name: str) -> Weights:
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(layer)}
+
+
+def with_another(weights: Weights, layer: str, _name: str) -> Weights:
+    other = layer.replace("1", "9")
+    return weights | {n.replace(layer, other): t.clone() for n, t in weights.items() if n.startswith(layer)}
+
+
+def with_fewer_rows(weights: Weights, layer: str, name: str) -> Weights:
+    return weights | {f"{layer}{name}": weights[f"{layer}{name}"][:-1].clone()}
+
+
+@pytest.mark.fault("model: weights that do not belong to their config.json")
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (without, "its files lack [0-9]+ weights that config.json describes, such as {1}"),
+        (with_another, "its files have [0-9]+ weights in layers that config.json does not describe, such as {9}"),
+        (with_fewer_rows, "its files have 1 weight in another shape than config.json describes, such as {1}"),
+    ],
+)
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_do_not_belong_to_their_config_are_refused(
+    tiny: Tiny, tmp_path: Path, part: str, change: Callable[..., Weights], rule: str
+) -> None:
+    """The libraries warn, and draw what is missing at random: a T5 without a block encodes captions as noise."""
+    shutil.copytree(tiny("5b") / part, tmp_path / part)
+    of, layer, name = PARTS[part]
+    models.load_weights(of, flags(tmp_path), part, torch.float32)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    rewrite(path, lambda weights: change(weights, layer, name))
+    with pytest.raises(UsageError) as caught:
+        models.load_weights(of, flags(tmp_path), part, torch.float32)
+    names = rule.replace("{1}", re.escape(layer)).replace("{9}", re.escape(layer.replace("1", "9")))
+    assert re.fullmatch(f"{re.escape(str(tmp_path / part))}: {names}.*; get the folder again", str(caught.value))
+
+
+def test_a_file_that_is_cut_off_is_named(own: Path) -> None:
+    (own / VAE).write_bytes((own / VAE).read_bytes()[:-100])
+    with pytest.raises(UsageError, match=f"^{re.escape(str(own / 'vae'))}: cannot be loaded .*; get the folder again$"):
+        models.load_weights(AutoencoderKLCogVideoX, flags(own), "vae", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_t5_has_its_embedding_under_either_name_and_may_have_a_decoder(own: Path, name: str) -> None:
+    path = own / "text_encoder" / "model.safetensors"
+    more = {"lm_head.weight": torch.ones(2, 2), "decoder.block.0.layer.0.SelfAttention.k.weight": torch.ones(2, 2)}
+    rewrite(path, lambda weights: {name if n == "shared.weight" else n: t for n, t in weights.items()} | more)
+    models.load_weights(T5EncoderModel, flags(own), "text_encoder", torch.float32)
+
+
+def test_a_buffer_of_an_earlier_version_is_ignored(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("5b") / "transformer", tmp_path / "transformer")
+    (path,) = (tmp_path / "transformer").glob("*.safetensors")
+    rewrite(path, lambda weights: weights | {"patch_embed.pos_embedding": torch.ones(1, 2, 2)})
+    models.load_transformer(flags(tmp_path), torch.float32)
 
 
 def test_most_bytes_decide(own: Path) -> None:

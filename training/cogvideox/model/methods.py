@@ -41,7 +41,7 @@ from cogvideox.model.lora import (
     start_from_principal,
     trained_matrices,
 )
-from cogvideox.model.models import ignore_learned_positions, load_transformer
+from cogvideox.model.models import ignore_learned_positions, load_complete, load_transformer
 from cogvideox.model.transformer_files import create_folder, file_names, groups_of
 from cogvideox.tensor_files import WriteTensors, pieces_of, size_of, write_tensors
 
@@ -378,8 +378,7 @@ class FullFinetune:
 
     def new_transformer(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
         """Returns a new transformer on the CPU, loaded from the saved folder."""
-        dtype = self.transformer.dtype
-        return type(self.transformer).from_pretrained(folder / self.result, dtype=dtype, use_safetensors=True)
+        return load_complete(type(self.transformer), folder / self.result, self.transformer.dtype)
 
     def reload(self, _pipeline: Any, folder: Path) -> None:
         """Loads the weights that unmodified diffusers reads from the saved folder.

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, missing_files
-from cogvideox.errors import UsageError, first_line
+from cogvideox.errors import UsageError, first_line, plural
+from cogvideox.files import disk_errno
 from cogvideox.model import t5_stream, vae_encoder
 from cogvideox.model.vae_decoder import default_tile
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names of the types
+LAYER = re.compile(r"\.\d+\.")  # in the names of the weights of numbered layers
 SAMPLES, SAMPLE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
 T5_MARGIN = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
@@ -181,10 +183,45 @@ def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> A
         dtype: The type of the loaded weights.
 
     Raises:
-        UsageError: There are no files of the variant that --variant names.
+        UsageError: There are no files of the variant that --variant names, or they do not have the weights of the part.
     """
-    folder = weight_files(model, part)[0].parent
-    return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
+    return load_complete(of, weight_files(model, part)[0].parent, dtype, model.variant)
+
+
+def load_complete(of: Any, folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """Loads a model whose safetensors files have exactly the weights that its config.json asks for.
+
+    diffusers and transformers only warn about other files. They draw the weights that are missing at random, or leave
+    them without memory, and ignore layers beyond those of config.json.
+
+    Args:
+        of: The class of the model in diffusers or transformers.
+        folder: The folder of the model.
+        dtype: The type of the loaded weights.
+        variant: The variant in the names of the files, if any.
+
+    Raises:
+        UsageError: A file is damaged, weights are missing or have another shape, or there are further layers.
+    """
+    fix = "get the folder again"
+    more: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        loaded, found = of.from_pretrained(folder, dtype=dtype, variant=variant, **more)
+    except (OSError, ValueError, SafetensorError) as error:
+        if disk_errno(error) is not None:
+            raise
+        raise UsageError(f"{folder}: cannot be loaded ({first_line(error)}); {fix}") from None
+    faults = (
+        ("lack {} that config.json describes", found["missing_keys"]),
+        ("have {} in another shape than config.json describes", [name for name, *_ in found["mismatched_keys"]]),
+        # Names without a number may be those of buffers that earlier versions of diffusers saved.
+        ("have {} in layers that config.json does not describe", filter(LAYER.search, found["unexpected_keys"])),
+    )
+    listed = [(fault, sorted(names)) for fault, names in faults]
+    problems = [f"{fault.format(plural(len(names), 'weight'))}, such as {names[0]}" for fault, names in listed if names]
+    if problems:
+        raise UsageError([f"{folder}: its files {problem}; {fix}" for problem in problems])
+    return loaded
 
 
 def free_weights(module: torch.nn.Module) -> None:
