@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 from fakes import PLAIN, options_of, run_alone
 from PIL import Image
-from running import PROMPT, ROOT, lora_flags, train
+from running import PROMPT, ROOT, frames_of, lora_flags, train
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cogvideox.evaluation.validation import Validator
@@ -255,6 +257,19 @@ def test_values_are_given_with_flags_or_without(
     assert (args.prompt, args.image, args.output, args.seed) == ("a cat", "red.png", "cat.mp4", 3)
     assert (args.steps, args.guidance, args.strength) == (2, 6, 1)
     assert (args.frames, args.height, args.width) == (9, 64, 96)
+
+
+def test_a_result_without_a_block_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(model / "transformer", tmp_path / "transformer")
+    (path,) = (tmp_path / "transformer").glob("*.safetensors")
+    kept = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("transformer_blocks.1.")}
+    save_file(kept, path, {"format": "pt"})
+    code = code_of(tmp_path, TextToVideo, None, "--pretrained_model_name_or_path", model)
+    script = tmp_path / "inference.py"
+    script.write_text(code.replace("diffusers.Linear", "diffusers.CogVideoXTransformer3DModel"))
+    rule = f"{tmp_path / 'transformer'}: its files lack transformer_blocks.1."
+    with pytest.raises(SystemExit, match=re.escape(rule)):
+        frames_of(script, monkeypatch)
 
 
 @pytest.mark.parametrize(

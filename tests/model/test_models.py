@@ -81,7 +81,7 @@ def with_fewer_rows(weights: Weights, layer: str, name: str) -> Weights:
     return weights | {f"{layer}{name}": weights[f"{layer}{name}"][:-1].clone()}
 
 
-@pytest.mark.fault("model: weights that do not belong to their config.json")
+@pytest.mark.fault("data: weights of a model that do not belong to its config.json")
 @pytest.mark.parametrize(
     ("change", "rule"),
     [

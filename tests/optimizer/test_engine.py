@@ -11,12 +11,12 @@ import pytest
 import torch
 from fakes import options_of
 from running import equal, lora_flags, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cogvideox import loop
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.errors import UsageError
-from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, make_engine
+from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, check_state, make_engine
 from cogvideox.optimizer.step import MasterWeights
 
 
@@ -152,3 +152,48 @@ def test_refused_masters_on_the_host(flags: list[object], deepspeed: Any, named:
     assert problem.startswith("--optimizer_state_on host: ")
     assert named in problem
     assert fix in problem
+
+
+@pytest.mark.fault("checkpoints: a file without a weight, or with one in another shape")
+@pytest.mark.parametrize(
+    ("file", "name", "shape", "rule"),
+    [
+        (STATE_NAME, "master/bias", None, "master/bias is missing, and this model has (16,)"),
+        (STATE_NAME, "low/weight", None, "master/weight is missing, and this model has (16, 4)"),
+        (STATE_NAME, "low/weight", (1, 4), "low/weight has the shape (1, 4), and this model has (16, 4)"),
+        (STATE_NAME, "low/9", (16, 4), "low/9 has the shape (16, 4), and this model has no such weight"),
+        ("transformer", "weight", None, "weight is missing, and this model has (16, 4)"),
+        ("transformer", "weight", (1, 4), "weight has the shape (1, 4), and this model has (16, 4)"),
+        (EMA_NAME, "average/bias", None, "average/bias is missing, and this model has (16,)"),
+        (EMA_NAME, "average/bias", (1,), "average/bias has the shape (1,), and this model has (16,)"),
+        (EMA_NAME, "average/9", (4,), "average/9 has the shape (4,), and this model has no such weight"),
+    ],
+)
+def test_files_of_a_checkpoint_that_do_not_fit_are_named(
+    tmp_path: Path, file: str, name: str, shape: tuple[int, ...] | None, rule: str
+) -> None:
+    """One weight has a complete master, and the other has lower bits next to the weight that users load."""
+    shapes = {"weight": torch.Size([16, 4]), "bias": torch.Size([16])}
+    weight, bias = map(torch.ones, shapes.values())
+    files = {
+        STATE_NAME: {"low/weight": weight, "master/bias": bias, "scale": torch.ones(())},
+        "transformer/model.safetensors": {"weight": weight, "buffer": bias},
+        EMA_NAME: {"steps": torch.ones(()), "average/weight": weight, "average/bias": bias},
+    }
+    (tmp_path / "transformer").mkdir()
+    for path, content in files.items():
+        save_file(content, tmp_path / path)
+    check_state(tmp_path, shapes, averaged=True)
+    (path,) = (path for path in files if path.startswith(file))
+    kept = {key: tensor for key, tensor in files[path].items() if key != name}
+    save_file(kept if shape is None else kept | {name: torch.ones(shape)}, tmp_path / path)
+    with pytest.raises(UsageError) as caught:
+        check_state(tmp_path, shapes, averaged=True)
+    problem = f"{tmp_path / file}: 1 tensor does not fit: {rule}"
+    assert str(caught.value) == f"{problem}; give another checkpoint with --resume_from_checkpoint"
+
+
+def test_an_engine_compares_a_checkpoint_with_its_model(tmp_path: Path) -> None:
+    made_with("--use_ema", model=torch.nn.Linear(4, 8)).save(tmp_path)
+    with pytest.raises(UsageError, match="2 tensors do not fit: master/weight has the shape"):
+        made_with("--use_ema").load(tmp_path)

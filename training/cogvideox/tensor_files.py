@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 DTYPES = {
@@ -122,6 +123,12 @@ def header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None 
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, starts
+
+
+def shapes_in(path: Path) -> dict[str, torch.Size]:
+    """Returns the shapes of the tensors in a file by name, from its header."""
+    with safe_open(path, "pt") as file:
+        return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def content_of(tensor: Tensor) -> memoryview:

@@ -103,8 +103,12 @@ NUMBERS = {
 }
 
 SCRIPT_MEMORY = """
-# The GPU holds all models if they fit, else the two blocks that compute and come next.
 parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+for part in parts:  # diffusers only warns about files without some weights
+    if missing := [name for name, p in part.named_parameters() if p.is_meta]:
+        raise SystemExit(f"{{part.config._name_or_path}}: its files lack {{missing[0]}}; get the folder again")
+
+# The GPU holds all models if they fit, else the two blocks that compute and come next.
 size = sum(p.nbytes for part in parts for p in part.parameters())
 free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 room = 2**30 * (1 + 3 * args.frames * args.height * args.width / (49 * 480 * 720))  # for sampling

@@ -19,6 +19,7 @@ from cogvideox.optimizer.adam_weights import Masters
 from cogvideox.optimizer.master_weights import for_file
 
 STEPS_NAME = "steps"  # the name of the step counter among the saved tensors
+AVERAGE = "average"  # the names of the other saved tensors are AVERAGE/PARAMETER
 
 
 class Ema:
@@ -83,10 +84,10 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of ``state`` on their own devices, without a copy."""
-        return {STEPS_NAME: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
+        return {STEPS_NAME: self.steps, **{f"{AVERAGE}/{name}": average for name, average in self.averages.items()}}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` returned."""
         self.steps.copy_(tensors[STEPS_NAME])
         for name, average in self.averages.items():
-            average.copy_(tensors[f"average/{name}"])
+            average.copy_(tensors[f"{AVERAGE}/{name}"])

@@ -17,18 +17,18 @@ from torch.nn import Module
 
 from cogvideox.config.optimizers import host_state_problems, make_optimizer
 from cogvideox.config.options import TrainOptions
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import TrainedBlocks
 from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.optimizer.adam import LOW, MASTER, WEIGHT, join
-from cogvideox.optimizer.ema import Ema
+from cogvideox.optimizer.ema import AVERAGE, STEPS_NAME, Ema
 from cogvideox.optimizer.model_files import write_model
 from cogvideox.optimizer.shard_files import GatherOrRaise, Shard, own_or_raise, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
 from cogvideox.optimizer.step import UNMEASURED, MasterWeights, RankNumbers, StepResult, rule_of
 from cogvideox.optimizer.zero_weights import ZeroWeights
-from cogvideox.tensor_files import Piece, Pieces, ReadPieces, WriteTensors, pieces_of, write_tensors
+from cogvideox.tensor_files import Piece, Pieces, ReadPieces, WriteTensors, pieces_of, shapes_in, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -192,6 +192,7 @@ class LocalEngine(MasterEngine[MasterWeights]):
         """Restores what ``save`` wrote."""
         from safetensors.torch import load_file
 
+        check_state(folder, {name: p.shape for name, p in self.masters.parameters.items()}, self.ema is not None)
         tensors = load_file(folder / STATE_NAME)
         if any(name.startswith(f"{LOW}/") for name in tensors):
             for path in weight_files(folder):
@@ -222,6 +223,43 @@ def first_elements(*padded: Tensor, shape: torch.Size) -> Tensor:
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files with the trained weights of a checkpoint."""
     return sorted((folder / FullFinetune.result).glob("*.safetensors"))
+
+
+def check_state(folder: Path, shapes: Mapping[str, torch.Size], averaged: bool) -> None:
+    """Checks that the files of a checkpoint have the master and, if needed, the average of each trained weight.
+
+    Only their headers are read.
+
+    Args:
+        folder: The checkpoint.
+        shapes: The shapes of the trained weights by name.
+        averaged: Whether the run averages its weights.
+
+    Raises:
+        UsageError: A file has other names or shapes.
+    """
+    state = shapes_in(folder / STATE_NAME)
+    lower = {name for name in shapes if f"{LOW}/{name}" in state}
+    masters = {f"{LOW if name in lower else MASTER}/{name}": shape for name, shape in shapes.items()}
+    check_shapes(folder / STATE_NAME, state, masters)
+    if lower:
+        weights = {name: shape for path in weight_files(folder) for name, shape in shapes_in(path).items()}
+        check_shapes(folder / FullFinetune.result, weights, {name: shapes[name] for name in lower})
+    if averaged:
+        averages = {STEPS_NAME: torch.Size(), **{f"{AVERAGE}/{name}": shape for name, shape in shapes.items()}}
+        check_shapes(folder / EMA_NAME, shapes_in(folder / EMA_NAME), averages)
+
+
+def check_shapes(path: Path, found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+    """Raises UsageError if wanted tensors are not found in their shapes, or masters or averages of others are found."""
+    odd = [name for name, shape in wanted.items() if found.get(name) != shape]
+    odd += [name for name in found if name.startswith((f"{MASTER}/", f"{LOW}/", f"{AVERAGE}/")) and name not in wanted]
+    if odd:
+        name = odd[0]
+        fault = "is missing" if name not in found else f"has the shape {tuple(found[name])}"
+        expected = f"this model has {tuple(wanted[name])}" if name in wanted else "this model has no such weight"
+        rule = f"{plural(len(odd), 'tensor does', 'tensors do')} not fit: {name} {fault}, and {expected}"
+        raise UsageError(f"{path}: {rule}; give another checkpoint with --resume_from_checkpoint")
 
 
 class ShardedEngine(MasterEngine[Sharded]):
@@ -290,7 +328,10 @@ class ShardedEngine(MasterEngine[Sharded]):
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote, or what LocalEngine wrote."""
-        self.masters.load_state(self._read_state(folder, self.masters.shards(self.masters.tensors())))
+        shards = self.masters.shards(self.masters.tensors())
+        shapes = {name.removeprefix(f"{MASTER}/"): s.shape for name, s in shards.items() if name.startswith(MASTER)}
+        check_state(folder, shapes, self.ema is not None)
+        self.masters.load_state(self._read_state(folder, shards))
         if self.ema:
             self.ema.load_state(self._read(folder / EMA_NAME, self.ema.tensors()))
 
