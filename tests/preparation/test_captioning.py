@@ -344,11 +344,24 @@ def test_a_damaged_clip_is_named(folder: Path, caption: Callable[..., int], caps
     assert (folder / "sub" / "c.txt").exists()
 
 
+@pytest.mark.usefixtures("processes")
+def test_damaged_clips_in_a_row_do_not_end_the_script(
+    clips: Path, tmp_path: Path, caption: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(clips / "videos", tmp_path / "data"))
+    for number in range(missing_captions.MOST_REFUSED):
+        (root / f"-{number}.mp4").write_bytes(b"")  # before all others
+    assert caption(root) == 1
+    assert f"{missing_captions.MOST_REFUSED} clips have no caption:\n" in capsys.readouterr().out
+    assert len(list(root.glob("*.txt"))) == len(list(root.glob("*.mp4"))) - missing_captions.MOST_REFUSED
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "found"),
     [
-        ("<think>Hm. A cat?</think>\n A cat\n  sits. ", "stop", "A cat sits."),
-        ("A cat sits. It is 3.5 m tall. Then it", "length", "A cat sits. It is 3.5 m tall."),
+        ("<think>Hm. A cat?</think>\n A cat\n  sits. ", "stop", "A cat sits.\n"),
+        ("Hm. A cat?\n</think>\n\nA cat sits.", "stop", "A cat sits.\n"),
+        ("A cat sits. It is 3.5 m tall. Then it", "length", "A cat sits. It is 3.5 m tall.\n"),
         ("A cat that", "length", "no complete sentence; raise --caption_tokens"),
         ("<think>Is it a cat. Or", "length", "no complete sentence; raise --caption_tokens"),
         ("", "stop", "the answer is empty"),
@@ -366,7 +379,10 @@ def test_what_becomes_of_an_answer(
     server.answer = lambda number, body: says(text, reason)
     caption(folder, "--max_captions", 1)
     file = folder / "a.txt"
-    assert found in (file.read_text() if file.exists() else capsys.readouterr().out)
+    if file.exists():
+        assert file.read_text() == found
+    else:
+        assert found in capsys.readouterr().out
 
 
 def test_long_captions_are_counted(

@@ -18,7 +18,7 @@ from cogvideox.data.forms.uncaptioned import Uncaptioned
 from cogvideox.data.media.pixels.stills import Stills, stills_of
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of, one_line, plural
-from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request
+from cogvideox.preparation.captioning.vision_server import Answer, ClipUnreadable, Request
 from cogvideox.preparation.captions import tokens_of
 
 MOST_REFUSED = 3  # clips that the model may refuse one after the other before the script ends
@@ -86,7 +86,8 @@ class Captioning:
                     line = one_line(f"{clip.name}: {answer}")
                     self.failed.append(line)
                     self.say(line)
-                    refused.append(line)
+                    if not isinstance(answer, ClipUnreadable):
+                        refused.append(line)
                 if len(refused) == MOST_REFUSED:
                     raise UsageError([f"{MOST_REFUSED} clips in a row got no caption:", *refused])
                 stopping.unit("caption")
@@ -139,9 +140,9 @@ class Captioning:
         return lines
 
 
-def refusal(clip: Uncaptioned, found: str | Killed) -> ClipRefused:
+def refusal(clip: Uncaptioned, found: str | Killed) -> ClipUnreadable:
     """Returns why a clip has no frames."""
-    return ClipRefused(found.reason if isinstance(found, Killed) else found.removeprefix(f"{clip.video}: "))
+    return ClipUnreadable(found.reason if isinstance(found, Killed) else found.removeprefix(f"{clip.video}: "))
 
 
 def instruction_for(video: str, stills: Stills, template: str) -> str:

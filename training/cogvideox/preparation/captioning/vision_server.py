@@ -26,12 +26,17 @@ BUSY = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which the
 REFUSED_FOR_ALL = {401, 403, 404, 405}  # HTTP statuses that every other request would have, too
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts; each pause is twice the one before
 MOST_BYTES = 16 * 2**20  # of an answer
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)  # which reasoning models put before their answer
+# What reasoning models put before their answer. Some chat templates begin it, so that the answer has only its end.
+_THOUGHTS = re.compile(r".*</think>", re.DOTALL)
 _SENTENCES = re.compile(r".*[.!?](?=\s|$)", re.DOTALL)
 
 
 class ClipRefused(Exception):
     """Says in one line why the model did not describe one clip. Other clips may have no problem."""
+
+
+class ClipUnreadable(ClipRefused):
+    """Says in one line why the model was not asked: the clip has no frames that can be read."""
 
 
 Request = tuple[Stills, str]  # frames of a clip, and the instruction for it
