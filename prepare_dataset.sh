@@ -26,7 +26,7 @@ setting OUTPUT_DIR ./video-dataset-disney-prepared
 setting ID_TOKEN BW_STYLE  # is added to the captions here, because training with --load_tensors does not add it
 setting MAX_NUM_FRAMES 49
 setting MAX_SEQUENCE_LENGTH 226
-setting TARGET_FPS 8
+setting TARGET_FPS ""  # empty: that of the model, 8, or 16 for CogVideoX 1.5
 setting BATCH_SIZE 1
 setting DTYPE bf16  # the guide uses fp32, in which T5 alone needs 18 GiB
 
@@ -44,8 +44,9 @@ COMMAND+=(
   --data_root "$DATA_ROOT" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN" --id_token "$ID_TOKEN"
   --height_buckets "${HEIGHT_BUCKETS[@]}" --width_buckets "${WIDTH_BUCKETS[@]}"
   --frame_buckets "${FRAME_BUCKETS[@]}" --max_num_frames "$MAX_NUM_FRAMES"
-  --max_sequence_length "$MAX_SEQUENCE_LENGTH" --target_fps "$TARGET_FPS"
+  --max_sequence_length "$MAX_SEQUENCE_LENGTH"
   --batch_size "$BATCH_SIZE" --dtype "$DTYPE" --save_latents_and_embeddings
+  ${TARGET_FPS:+--target_fps "$TARGET_FPS"}
   "${EXTRA_FLAGS[@]}"
 )
 if dry_run; then show "${COMMAND[@]}"; else exec "${COMMAND[@]}"; fi

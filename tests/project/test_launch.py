@@ -294,12 +294,13 @@ def test_gpus_of_each_configuration(config, env, flags, sandbox):
 
 def test_prepare_uses_torchrun_for_several_gpus(sandbox):
     assert sandbox.run("prepare_dataset.sh").returncode == 0
-    assert sandbox.run("prepare_dataset.sh", NUM_GPUS=8, ID_TOKEN=HOSTILE).returncode == 0
+    assert sandbox.run("prepare_dataset.sh", NUM_GPUS=8, ID_TOKEN=HOSTILE, TARGET_FPS=12).returncode == 0
     one, eight = sandbox.calls()
     assert one[0] == "training/prepare_dataset.py"
     assert eight[:3] == ["--nproc_per_node", "8", "training/prepare_dataset.py"]
-    assert read(eight)[0].data.id_token == HOSTILE
-    expected = {"dtype": "bf16", "fps": 8.0, "max_sequence_length": 226, "batch_size": 1, "frame_buckets": (49,)}
+    assert (read(eight)[0].data.id_token, read(eight)[0].data.fps) == (HOSTILE, 12.0)
+    # Without a frame rate, it is that of the model, which differs between CogVideoX 1.0 and 1.5.
+    expected = {"dtype": "bf16", "fps": None, "max_sequence_length": 226, "batch_size": 1, "frame_buckets": (49,)}
     values = args.config_dict(read(one)[0])
     assert {name: values[name] for name in expected} == expected
 
