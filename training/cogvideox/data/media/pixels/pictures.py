@@ -2,8 +2,8 @@
 
 ``is_picture`` recognizes them by their first bytes, ``probe_picture`` returns a ``VideoInfo``, and ``read_picture`` the
 pixels. Every picture becomes upright 8-bit sRGB: EXIF orientation is applied, transparency is composited on black as in
-videos, only the upper 8 of 16 bits are kept, and RGB colors with an ICC profile are converted to sRGB. Palettes and
-CMYK become RGB as Pillow converts them, without their profiles. Shape suffixes are those of decode.py.
+videos, only the upper 8 of 16 bits are kept, and colors with an ICC profile for RGB, also those of palettes, are
+converted to sRGB. CMYK becomes RGB as Pillow converts it, without its profile. Shape suffixes are those of decode.py.
 """
 
 import os
