@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from cogvideox.config import args
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import CaptionOptions
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 
 
 def check_captioning(options: CaptionOptions) -> Iterator[str]:
@@ -43,10 +43,12 @@ def main(options: CaptionOptions) -> int:
 
     clips, present = find_uncaptioned(options.data)
     if not clips:
-        print(f"all {present} clips have a caption; nothing to do")
+        have = "the only clip has" if present == 1 else f"all {present} clips have"
+        print(f"{have} a caption; nothing to do")
         return 0
     if options.caption.endpoint is None and options.caption.caption_model is None:
-        rule = f"{len(clips)} of {present + len(clips)} clips have no caption, the first is {clips[0].video}"
+        have = plural(present + len(clips), "clip has", "clips have")
+        rule = f"{len(clips)} of {have} no caption, the first is {clips[0].video}"
         fix = "give --endpoint with the URL of a server, or --caption_model with the hub id of a model"
         raise UsageError(f"{rule}; {fix}; or write captions yourself, that one into {clips[0].place}")
     flags, cache_dir = options.caption, options.model.cache_dir

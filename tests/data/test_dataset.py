@@ -480,7 +480,7 @@ def test_the_order_of_samples_has_no_effect_on_the_replacement(broken: Callable[
 
 def test_a_bucket_without_a_good_clip_is_an_error(broken: Callable[..., LatentDataset]) -> None:
     dataset = broken(2)
-    with pytest.raises(CacheError, match=r"^bucket 5x64x96: none of its 1 clips can be read; .*checksum is wrong"):
+    with pytest.raises(CacheError, match=r"^bucket 5x64x96: none of its 1 clip can be read; .*checksum is wrong"):
         dataset[Visit(2, 0)]
     assert visited(dataset, 1) == (NAMES[1],)
 

@@ -41,10 +41,10 @@ def options_of(*images: object, separator: str = ":::", mode: str = "none") -> A
         ((), None),
         (("--validation_prompt", "a", "--validation_images", "http://h/x.png"), None),
         (("--validation_prompt", "a:::b", "--validation_images", "http://h/x.png:::https://h/y.png"), None),
-        (("--validation_prompt", "a:::b", "--validation_images", "http://h/x.png"), "1 images for 2 prompts"),
-        (("--validation_prompt", "a"), "0 images for 1 prompts"),
+        (("--validation_prompt", "a:::b", "--validation_images", "http://h/x.png"), "1 image for 2 prompts"),
+        (("--validation_prompt", "a"), "0 images for 1 prompt"),
         (("--validation_prompt", "a", "--do_validation", "false"), None),
-        (("--validation_images", "http://h/x.png"), "1 images for 0 prompts"),
+        (("--validation_images", "http://h/x.png"), "1 image for 0 prompts"),
     ],
 )
 def test_an_image_for_each_prompt(flags: tuple[str, ...], problem: str | None) -> None:

@@ -234,6 +234,10 @@ def test_the_text_of_a_plan() -> None:
     assert "streamed from the host" in text
     assert "attention by cudnn" in text
     assert "optimizer state on the" in text
+    rest = replace(pick(10).blocks[0], state=HOST)
+    plan = replace(pick(10), blocks=(rest,), state=DEVICE)
+    assert str(plan).startswith("1 block compiled, ")
+    assert "optimizer state on the device, of 1 block on the host" in str(plan)
     assert re.search(r"predicted: peak 9\.\d\d GiB, \d+\.\d GiB of host memory, \d\.\d\d s a step$", text)
 
 

@@ -260,10 +260,10 @@ def test_sections_are_captioned_from_their_own_frames(
 
 def test_tables_that_cannot_be_filled_are_explained(folder: Path, caption: Callable[..., int]) -> None:
     (folder / "list.json").write_text('[{"file_name": "a.mp4", "text": ""}]')
-    rule = "1 of its rows have no caption; captions are written into CSV, TSV and JSON lines only; convert the table"
+    rule = "1 row has no caption; captions are written into CSV, TSV and JSON lines only; convert the table"
     assert rule in problems_of(caption, folder, "--dataset_file", "list.json")
     (folder / "metadata.csv").write_text("file_name,note\na.mp4,\n")
-    rule = "1 of its rows have no caption; add a column with the name caption, or name its column with --caption_column"
+    rule = "1 row has no caption; add a column with the name caption, or name its column with --caption_column"
     assert rule in problems_of(caption, folder)
 
 
@@ -598,7 +598,7 @@ def test_nobody_listens(folder: Path, caption: Callable[..., int]) -> None:
 def test_a_server_that_does_not_answer(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
     server.answer = lambda number, body: (time.sleep(1.5), says("Late."))[1]
     found = problems_of(caption, folder, "--request_timeout", 1, "--request_attempts", 1, "--max_captions", 1)
-    assert "timed out; raise --request_timeout or lower --concurrency; tried 1 times" in found
+    assert "timed out; raise --request_timeout or lower --concurrency; tried 1 time;" in found
 
 
 def test_a_wrong_path(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:

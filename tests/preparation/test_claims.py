@@ -134,7 +134,7 @@ def test_a_rank_that_waits_in_vain_names_the_folder_and_the_flag(
     folder = tmp_path / "out"
     silent = suspended(rank_of(2, 1, [*command, folder], (WRITE, 1, signal.SIGSTOP)))
     text = finish(rank_of(2, 0, [*command, folder, "--nccl_timeout", 1]), 1)
-    rule = f"{folder}: another process has claimed 1 parts of the work and has finished none for 1 s"
+    rule = f"{folder}: another process has claimed 1 part of the work and has finished none for 1 s"
     assert f"prepare_dataset.py: {rule}; end it, and the same command continues" in text
     assert "Traceback" not in text
     silent.send_signal(signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_a_wait_ends_when_nothing_is_done_in_time(tmp_path: Path, monkeypatch: p
         asked.append(key)
         return key != KEYS[-1] and len(asked) > 50
 
-    with Claims(tmp_path, is_done) as claims, pytest.raises(LostRankError, match=r"claimed 1 parts .* none for 0.2 s"):
+    with Claims(tmp_path, is_done) as claims, pytest.raises(LostRankError, match=r"claimed 1 part .* none for 0.2 s"):
         claims.wait(KEYS, 0.2)
 
 

@@ -255,7 +255,7 @@ def test_a_dry_run_says_where_the_captions_of_this_folder_belong(
         (root / name).write_text(text.format("a.mp4"))
     checked(configs, root, tmp_path / "out", "--train_resolution", "1x64x96", "--dry_run")
     (step,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: write the captions: ")]
-    assert step.endswith(f" have none; each goes into {where.format(root=root)}")
+    assert step.endswith(f" none; each goes into {where.format(root=root)}")
 
 
 def test_suggested_buckets_fit_as_many_clips_as_announced(
@@ -395,7 +395,7 @@ def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Pa
     write_video(data / "videos/00001.mp4", frames, 6)
     (data / "prompts.txt").write_text("\n".join(f"A red square {number}." for number in range(6)))
     note = next(line for line in described(configs, data, tmp_path / "out", fps=16.0) if "frames are repeated" in line)
-    assert note.startswith("3 of the clips have only 6 to 8 frames per second and are sampled at 16, so ")
+    assert note.startswith("3 clips have only 6 to 8 frames per second, and clips are sampled at 16, so ")
     assert "--fps 6 repeats none" in note
     for changes in ({"fps": 6.0}, {"frame_selection": "uniform"}, {"frame_buckets": (1,)}):
         assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))

@@ -144,13 +144,21 @@ def test_training_starts_at_step_0_if_all_are_damaged(tmp_path: Path, capfd: pyt
         lose(folder)
     before = {path.name: listing(path) for path in checkpoints(tmp_path)}
     assert resumed(tmp_path) == (0, 0.0)
-    assert f"{tmp_path}: all 2 checkpoints are damaged, so training starts at step 0; they" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"{tmp_path}: all 2 checkpoints are damaged, so training starts at step 0; damaged checkpoints" in said
     assert {path.name for path in tmp_path.iterdir()} == {f"damaged-{name}" for name in (*before, "metrics.jsonl")}
     save_steps(run_alone(tmp_path), 2, 4, limit=1)
     assert {name: listing(tmp_path / f"damaged-{name}") for name in before} == before
     lose(tmp_path / "checkpoint-4")
     assert resumed(tmp_path) == (0, 0.0)
     assert (tmp_path / "damaged-checkpoint-4.2").is_dir()
+
+
+def test_a_single_damaged_checkpoint_is_reported_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_steps(run_alone(tmp_path), 2)
+    lose(tmp_path / "checkpoint-2")
+    assert resumed(tmp_path) == (0, 0.0)
+    assert f"{tmp_path}: its only checkpoint is damaged, so training starts at step 0" in capfd.readouterr().err
 
 
 def old_format(manifest: Any) -> Any:

@@ -81,6 +81,7 @@ def test_a_limit_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         f"out: No space left on device, {sizes}; give --checkpoints_total_limit 3, or free some space and run the same "
         "command again"
     )
+    assert "(1 checkpoint of 10.0 GiB and 2.0 GiB of result)" in refusal(monkeypatch, 11, there=9)
     assert refusal(monkeypatch, 42, checkpoints_total_limit=3) == ""
     assert "give --checkpoints_total_limit 2, or" in refusal(monkeypatch, 42, keep_best=True)
     assert refusal(monkeypatch, 42, keep_best=True, checkpoints_total_limit=2) == ""

@@ -73,6 +73,11 @@ def test_a_report_says_what_the_run_did(tmp_path: Path) -> None:
     assert "4 of 4 optimizer steps; held-out loss 0.75000; step 2 is exported<" in write_report(run).read_text()
 
 
+def test_a_report_of_one_step_has_no_plural(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "1 optimizer step; " in write_report(tmp_path).read_text()
+
+
 def test_a_report_of_an_empty_folder_is_a_page(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert "0 optimizer steps" in page

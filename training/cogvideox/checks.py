@@ -16,7 +16,7 @@ from cogvideox.config.prompts import check_prompts, images_of, link_problems, pr
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decord_reader import check_reader
-from cogvideox.errors import public_urls
+from cogvideox.errors import plural, public_urls
 from cogvideox.preparation.factory import check_tensors
 
 
@@ -38,7 +38,7 @@ def check_images(options: TrainOptions) -> Iterator[str]:
         folder = Path(options.validation.validation_dir)
         yield from link_problems(folder, folder / flags.validation_images, options.data.allow_path)
     if len(images) != prompts:
-        yield f"--validation_images: {len(images)} images for {prompts} prompts; give one for each"
+        yield f"--validation_images: {plural(len(images), 'image')} for {plural(prompts, 'prompt')}; give one for each"
     for text in images:
         if not is_url(text):
             yield from image_problems(text)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 
-from cogvideox.errors import DiskError
+from cogvideox.errors import DiskError, plural
 
 LOCK_NAME = ".lock"  # name of the lock file of a folder to which one process at a time writes
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
@@ -227,7 +227,7 @@ def size_text(number: int) -> str:
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
             return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
+    return plural(number, "byte")
 
 
 def check_room(folder: Path, needed: int) -> None:

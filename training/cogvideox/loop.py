@@ -190,7 +190,8 @@ class BadClips:
 
     def _check(self, reasons: dict[str, str]) -> None:
         if len(reasons) > self.limit:
-            rule = f"--max_bad_fraction {self.max_fraction:g}: {len(reasons)} of {self.num_clips} clips cannot be read"
+            clips = plural(self.num_clips, "clip")
+            rule = f"--max_bad_fraction {self.max_fraction:g}: {len(reasons)} of {clips} cannot be read"
             listed = first_of([f"{clip}: {reason}" for clip, reason in reasons.items()])
             raise UsageError([*listed, f"{rule}; fix them, or allow it with a larger fraction"])
 
@@ -434,7 +435,8 @@ class Trainer:
             return
         number = len(list(islice(filter(self._held_out_due, range(1, self.steps.total)), limit)))
         if number < limit:
-            rule = f"has no effect; the held-out loss is measured {number} times between the first and the last step"
+            times = plural(number, "time")
+            rule = f"has no effect; the held-out loss is measured {times} between the first and the last step"
             self.run.say(f"--stop_when_worse {limit}: {rule}; give a smaller number, or measure more often")
 
     def _report_unsaved_measurements(self) -> None:
@@ -488,10 +490,10 @@ class Trainer:
     def _end_if_worse(self, step: int) -> None:
         """Makes a step the last one if the held-out loss has not improved for long enough."""
         limit = self.options.train.stop_when_worse
-        if step < self.last_step and self.best.has_worsened(step, limit):
+        if limit is not None and step < self.last_step and self.best.has_worsened(step, limit):
             self.last_step = step
-            rule = f"--stop_when_worse {limit}: the held-out loss has not improved in {limit} measurements"
-            self.run.say(f"{rule}; training ends after step {step} of {self.steps.total}")
+            rule = f"the held-out loss has not improved in {plural(limit, 'measurement')}"
+            self.run.say(f"--stop_when_worse {limit}: {rule}; training ends after step {step} of {self.steps.total}")
 
     def _draw(self, step: int, videos: Sequence[Path]) -> None:
         """Draws the pictures up to a step, measures its videos, sends both to the trackers, and writes the report."""

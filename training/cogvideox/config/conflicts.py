@@ -56,6 +56,7 @@ from cogvideox.config.options import (
     under_fsdp,
     wanted_places,
 )
+from cogvideox.errors import plural
 
 # The flags of learning rate schedules, with the value that has no effect anyway, and the schedules that use the flag.
 SCHEDULE_FLAGS = (
@@ -87,8 +88,8 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         yield f"--frame_selection uniform: {rule}; leave out --fps, or use middle, head or random"
     if reads_clips(options) and len(data.repeats) not in (1, len(data.data_root)):
         yield (
-            f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
-            "folders of --data_root; give one number, or one for each"
+            f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for "
+            f"{plural(len(data.data_root), 'folder')} of --data_root; give one number, or one for each"
         )
     if isinstance(options, PrepareOptions):
         yield from prepare_problems(options.prepare)

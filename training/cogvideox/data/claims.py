@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cogvideox import stopping
-from cogvideox.errors import LostRankError
+from cogvideox.errors import LostRankError, plural
 from cogvideox.files import disk_errors_converted
 from cogvideox.locks import NO_LOCKS, TAKEN, Lock, take_file, warn_of_lock_files
 
@@ -90,7 +90,8 @@ class Claims:
                 left, changed = len(keys), time.monotonic()
                 stopping.unit("wait for other processes")
             elif time.monotonic() - changed > patience:
-                rule = f"another process has claimed {left} parts of the work and has finished none for {patience:g} s"
+                parts = plural(left, "part")
+                rule = f"another process has claimed {parts} of the work and has finished none for {patience:g} s"
                 fix = "end it, and the same command continues; or allow more with --nccl_timeout"
                 raise LostRankError(f"{self.folder}: {rule}; {fix}")
             time.sleep(PAUSE)

@@ -214,7 +214,7 @@ def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[
     shortest = min(bucket.frames for bucket in recipe.buckets)
     if not available:
         skipped = f"--skip_frames_start {recipe.skip_frames_start} and --skip_frames_end {recipe.skip_frames_end}"
-        return SHORT, f"{skipped} leave none of its {info.num_frames} frames; lower them"
+        return SHORT, f"{skipped} leave none of its {plural(info.num_frames, 'frame')}; lower them"
     if available < shortest and info.packets is None:
         return SHORT, f"is a single picture, but the shortest bucket has {shortest} frames; add a bucket of one frame"
     if available < shortest:

@@ -28,7 +28,7 @@ from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.media.workers import end_with_parent, ignore_stop_signals
 from cogvideox.data.sampler import BucketBatchSampler, Visit
-from cogvideox.errors import UsageError, first_line
+from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.finite import not_finite
 from cogvideox.rng import key_of, uniform
 
@@ -294,7 +294,7 @@ class LatentDataset(Dataset[Batch]):
                 made = replace(made, image_BCHW=torch.zeros_like(made.image_BCHW))
             return replace(made, replaced=tuple(replaced))
         bucket = self.index.samples[visit.index].bucket
-        raise CacheError(f"bucket {bucket}: none of its {len(replaced)} clips can be read; {replaced[0][1]}")
+        raise CacheError(f"bucket {bucket}: none of its {plural(len(replaced), 'clip')} can be read; {replaced[0][1]}")
 
     def _candidates(self, index: int) -> Iterator[CachedSample]:
         """Yields the sample and then all others of its bucket, in the order of the ids, starting after its own."""

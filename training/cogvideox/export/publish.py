@@ -22,7 +22,7 @@ from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDE
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.evaluation.validation import Validator, evaluation_mode
 from cogvideox.export.card import write_card
 from cogvideox.export.inference_code import inference_script
@@ -87,7 +87,7 @@ def publish(
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         if validator.whole_fps != validator.fps:
             why = f"because diffusers takes whole numbers only; validation videos have {validator.fps:g}"
-            run.say(f"{INFERENCE_NAME} writes {validator.whole_fps} frames per second, {why}")
+            run.say(f"{INFERENCE_NAME} writes {plural(validator.whole_fps, 'frame')} per second, {why}")
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
         made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has another seed
         made["verification"] = verification

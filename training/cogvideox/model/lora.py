@@ -29,7 +29,7 @@ from cogvideox.config.lora_file import (
     unused,
 )
 from cogvideox.config.options import target_pattern
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.rng import key_of
 
 
@@ -197,7 +197,7 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
     sizes = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
     small = min(sizes, key=lambda name: sizes[name])
     if sizes[small] < rank:
-        rule = f"{small} has {sizes[small]} singular values for the initialization of PiSSA"
+        rule = f"{small} has {plural(sizes[small], 'singular value')} for the initialization of PiSSA"
         raise UsageError(f"--rank {rank}: {rule}; give at most --rank {sizes[small]}")
     for layer in layers.values():
         a, b = principal_matrices(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)

@@ -31,7 +31,7 @@ from cogvideox.config.lora_file import (
     scale_of,
 )
 from cogvideox.config.options import LoraOptions, SftOptions, ignores_positions
-from cogvideox.errors import UsageError, first_of
+from cogvideox.errors import UsageError, first_of, plural
 from cogvideox.model.lora import (
     PissaMatrix,
     SampleDropout,
@@ -176,7 +176,7 @@ class Lora:
         odd = [name for name in {**own, **found} if name not in own or name not in found]
         odd += [name for name in own if name in found and own[name].shape != found[name].shape]
         if odd:
-            rule = f"{odd[0]} differs between the file and this model ({len(odd)} such tensors)"
+            rule = f"{odd[0]} differs between the file and this model ({plural(len(odd), 'such tensor')})"
             raise UsageError(f"--lora_path {given}: {rule}; give a LoRA for this model, and its own --target_modules")
         for name, tensor in own.items():
             tensor.copy_(found[name])

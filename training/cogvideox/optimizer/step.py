@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from cogvideox.config.flags import POLYNOMIAL_END, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
+from cogvideox.errors import plural
 from cogvideox.memory.streaming import (
     STAGES,
     TRANSFER_SLOTS,
@@ -95,7 +96,7 @@ def warm_up_note(flags: OptimizerFlags, total_steps: int, global_batch: int) -> 
     last, peak = (learning_rate(flags, step, warmup + 1, global_batch) for step in (total_steps - 1, warmup))
     return (
         f"the learning rate rises to {last:.3g} and never reaches {peak:.3g}: --lr_warmup_steps {warmup} is not less "
-        f"than the {total_steps} steps of this run; give --lr_warmup_steps {total_steps // 10}"
+        f"than the {plural(total_steps, 'step')} of this run; give --lr_warmup_steps {total_steps // 10}"
     )
 
 

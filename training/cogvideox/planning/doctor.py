@@ -24,7 +24,7 @@ from cogvideox.config.geometry import geometry_of, read_geometry, weight_problem
 from cogvideox.config.hub import token_of
 from cogvideox.config.options import DoctorOptions
 from cogvideox.data.shared_memory import SHM_FOLDER, free_shared_memory
-from cogvideox.errors import UsageError, one_line, public_urls
+from cogvideox.errors import UsageError, one_line, plural, public_urls
 from cogvideox.files import nearest_folder
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.streaming import pinned
@@ -121,7 +121,7 @@ def describe_devices() -> Iterator[str]:
     """Yields a line with the name, compute capability and memory of each GPU, or one line without a GPU."""
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
     if not torch.cuda.is_available():
-        yield f"CPU with {os.cpu_count()} cores; no GPU is found, and {built}"
+        yield f"CPU with {plural(os.cpu_count() or 1, 'core')}; no GPU is found, and {built}"
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))

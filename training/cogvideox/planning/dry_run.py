@@ -218,7 +218,7 @@ def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[s
         f"GPU memory (predicted): {plan.peak / GIB:.2f} of {machine.device_bytes / GIB:.2f} GiB that can be filled",
         f"pinned host memory (predicted): {host}",
         f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.left * plan.seconds + compilation)} for "
-        f"{run.left} steps, without encoding and validation videos",
+        f"{plural(run.left, 'step')}, without encoding and validation videos",
     ]
 
 
@@ -300,7 +300,8 @@ def disk_line(
     folder = next(path for path in (output, *output.parents) if path.is_dir())
     needed, free = samples.encoded_bytes + kept * one + result, shutil.disk_usage(folder).free
     parts = (
-        f"tensors {samples.encoded_bytes / GIB:.2f}, {kept} checkpoints of {one / GIB:.2f}, result {result / GIB:.2f}"
+        f"tensors {samples.encoded_bytes / GIB:.2f}, {plural(kept, 'checkpoint')} of {one / GIB:.2f}, "
+        f"result {result / GIB:.2f}"
     )
     line = f"disk: {needed / GIB:.2f} GiB ({parts}); {free / GIB:.1f} GiB are free in {folder}"
     return line if needed < free else f"{line}: give --checkpoints_total_limit, or free space", needed < free

@@ -39,7 +39,7 @@ from cogvideox.config.options import (
     under_fsdp,
     wanted_places,
 )
-from cogvideox.errors import UsageError, first_line
+from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
@@ -337,7 +337,8 @@ def quantization_report(transformer: Any, precision: str, device: torch.device, 
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
     exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
     low = f"; this is low (below {LOW_COSINE}): the LoRA adapts to the quantized base; int8 is closer to the original"
-    text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} to those in {exact}"
+    blocks = plural(len(sample), "sample block")
+    text = f"base in {precision}: gradients of {blocks}: cosine {cosine:.4f} to those in {exact}"
     return text if cosine >= LOW_COSINE else text + low
 
 

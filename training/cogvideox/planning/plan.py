@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from cogvideox.errors import plural
+
 GIB = 2**30
 DEVICE, HOST = "device", "host"
 AUTO = "auto"  # as a base precision: frozen weights stay in the compute type
@@ -157,14 +159,14 @@ class ExecutionPlan:
             if (n := sum((b.keep, b.kept) == (level, place) for b in self.blocks))
         ]
         elsewhere = "".join(
-            f", of {n} blocks on the {place}"
+            f", of {plural(n, 'block')} on the {place}"
             for place in (DEVICE, HOST)
             if place != self.state and (n := sum(block.state == place for block in self.blocks))
         )
         where = HOST if self.shards_on_host else self.state
         how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
-            f"{count} blocks {how}, "
+            f"{plural(count, 'block')} {how}, "
             + (f"sharded over {self.shards} processes" if self.sharded else f"{count - streamed} on the device")
             + (" in host memory" if self.sharded and self.shards_on_host else "")
             + (f" and {streamed} streamed from the host" if streamed else ""),

@@ -99,7 +99,8 @@ def unknown_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], unk
 def lost_text(text: str, lost: Sequence[str]) -> str:
     """Returns how many characters of a text are unknown, and which they are."""
     size = len("".join(text.split()))
-    return f"{len(lost)} of {size} characters are unknown: {excerpt(' '.join(dict.fromkeys(lost)))}"
+    rule = f"{len(lost)} of {plural(size, 'character is', 'characters are')} unknown"
+    return f"{rule}: {excerpt(' '.join(dict.fromkeys(lost)))}"
 
 
 def prompt_notes(tokenizer: Any, prompts: Sequence[str]) -> list[str]:

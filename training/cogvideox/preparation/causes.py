@@ -16,6 +16,7 @@ from cogvideox.data.clips import bad_line
 from cogvideox.data.forms.columns import EXAMPLES
 from cogvideox.data.recipe import list_buckets
 from cogvideox.data.records import FAILED, KILLED, SHORT, SMALL, UNREADABLE, ClipRecord
+from cogvideox.errors import plural
 from cogvideox.preparation.proposals import Clip, Proposal, legal_frames, propose
 
 WORDS = {
@@ -138,7 +139,8 @@ def proposal_of(records: Records, data: DataFlags, geometry: Geometry, number: i
 def proposal_line(proposal: Proposal, data: DataFlags) -> str:
     """Returns a line with the number of clips that fit the proposed buckets, and the flags to get them."""
     instead = "" if data.train_resolution else " (in place of other flags for buckets)"
-    return f"{proposal.fitting} of {proposal.num_clips} clips fit {flags_of(proposal, data)}{instead}"
+    fit = plural(proposal.num_clips, "clip fits", "clips fit")
+    return f"{proposal.fitting} of {fit} {flags_of(proposal, data)}{instead}"
 
 
 def flags_of(proposal: Proposal, data: DataFlags) -> str:

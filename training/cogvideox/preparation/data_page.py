@@ -137,7 +137,8 @@ class DataPage:
         numbered = list(enumerate(self.shown))
         odd, usual = (numbered[: len(self.odd[:MAX_CLIPS])], numbered[len(self.odd[:MAX_CLIPS]) :])
         rest = len(self.cards) - len(numbered)
-        more = f"<p>{rest} more clips are not shown. Those that are shown are evenly spread.</p>" if rest else ""
+        hidden = plural(rest, "more clip is", "more clips are")
+        more = f"<p>{hidden} not shown. Those that are shown are evenly spread.</p>" if rest else ""
         sections = [
             section("Clips that look odd", *(self._card(*item) for item in odd)),
             section("Clips that are not used", *self._dropped()),
@@ -219,7 +220,8 @@ class DataPage:
             yield from (f"<p>{escape(fix)}</p>" for fix in fixes if fix is not None)
             yield table(("clip", "file", "reason"), rows[:MAX_DROPPED])
             if len(rows) > MAX_DROPPED:
-                yield f"<p>{len(rows) - MAX_DROPPED} more clips are in ledger.jsonl.</p>"
+                more = plural(len(rows) - MAX_DROPPED, "more clip is", "more clips are")
+                yield f"<p>{more} in ledger.jsonl.</p>"
 
     def _unmeasured(self) -> str:
         """Says how many clips have no numbers, and why."""
@@ -294,7 +296,9 @@ def clip_list(cards: Iterable[str]) -> str:
 def dropped_row(record: ClipRecord, name: str) -> tuple[str, str, str]:
     """Returns the row of a clip that is not used: its name, its size, and the reason."""
     source = record.source
-    size = f"{source.width}x{source.height}, {source.frames} frames, {source.fps:g} per second" if source else ""
+    size = ""
+    if source:
+        size = f"{source.width}x{source.height}, {plural(source.frames, 'frame')}, {source.fps:g} per second"
     reason = one_line(record.reason.removeprefix(f"{record.path}: "))
     return name, size, reason
 

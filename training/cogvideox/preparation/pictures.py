@@ -16,6 +16,7 @@ from cogvideox.data.forms.folders import PREVIEW_FOLDER
 from cogvideox.data.records import Variant
 from cogvideox.data.strips import draw_strip
 from cogvideox.data.used import Used
+from cogvideox.errors import plural
 from cogvideox.files import write_atomically
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
@@ -62,7 +63,9 @@ class Pictures:
                 old.unlink(missing_ok=True)
             rows = [] if path.is_file() else self._rows(picks[bucket])
             if rows:
-                contact_sheet(rows, path, f"{bucket}: first to last frame of {len(rows)} clips, as trained on")
+                contact_sheet(
+                    rows, path, f"{bucket}: first to last frame of {plural(len(rows), 'clip')}, as trained on"
+                )
         return {bucket: path for bucket, path in sheets.items() if path.is_file()}
 
     def _rows(self, clips: Sequence[Used]) -> list[SheetRow]:

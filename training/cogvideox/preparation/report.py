@@ -134,7 +134,8 @@ def next_steps(preparation: Preparation, records: Records) -> list[str]:
     if missing:
         text_file = "a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
         where = " or ".join(f"its row of {file}" if file else text_file for file in dict.fromkeys(missing))
-        steps.append(f"write the captions: {len(missing)} of {len(records)} clips have none; each goes into {where}")
+        have = plural(len(records), "clip has", "clips have")
+        steps.append(f"write the captions: {len(missing)} of {have} none; each goes into {where}")
     if any(record.status in (SHORT, SMALL) for record in records):
         proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
         if proposal.fitting > good:
@@ -163,9 +164,9 @@ def suggest(preparation: Preparation, number: int) -> None:
         print(line, file=sys.stderr)
     proposal = proposal_of(records, preparation.data, preparation.geometry, number)
     if not proposal.buckets:
-        rule = f"none of {len(records)} clips fills a bucket that this model takes"
+        rule = f"none of {plural(len(records), 'clip')} fills a bucket that this model takes"
         raise UsageError(f"--suggest_buckets {number}: {rule}; give a larger --max_upscale, or longer clips")
-    fitting = f"{proposal.fitting} of {proposal.num_clips} clips fit these buckets"
+    fitting = f"{proposal.fitting} of {plural(proposal.num_clips, 'clip fits', 'clips fit')} these buckets"
     print(f"{fitting}; give this to prepare_dataset.py:", file=sys.stderr)
     print(flags_of(proposal, preparation.data), flush=True)
 
@@ -185,7 +186,8 @@ def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[
     """Returns the table of buckets, the number of clips that are used, and why the others are not, by cause."""
     lines = aligned([BUCKET_COLUMNS, *rows_of(preparation, used)])
     good = sum(record.usable for record in records)
-    lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
+    line = f"{good} of {plural(len(records), 'clip is', 'clips are')} used"
+    lines.append(line + (", and these are not:" if good < len(records) else ""))
     return [*lines, *cause_lines(records, preparation.data, preparation.geometry)]
 
 
@@ -315,8 +317,8 @@ def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[st
     slowest = math.floor(min(rates) * 100) / 100
     own = f"{slowest:g}" if slowest == max(rates) else f"{slowest:g} to {max(rates):g}"
     yield (
-        f"{len(rates)} of the clips have only {own} frames per second and are sampled at {fps:g}, so some of their "
-        f"frames are repeated; --fps {slowest:g} repeats none, or leave these clips out"
+        f"{plural(len(rates), 'clip has', 'clips have')} only {own} frames per second, and clips are sampled at "
+        f"{fps:g}, so some frames are repeated; --fps {slowest:g} repeats none, or leave out clips with a lower rate"
     )
 
 
@@ -347,8 +349,9 @@ def cost(preparation: Preparation, records: Records) -> str:
         * models.DTYPES[encoders.text_dtype].itemsize
     )
     images = sum(bool(clip.draws) for clip in todo)
-    frames = f", {images} first frames {preparation.image_variants} times each" if images else ""
-    counts = f"{len(todo) - images} variants of clips{frames} and {len(captions)} captions"
+    each = f"{plural(preparation.image_variants, 'time')} each"
+    frames = f", {plural(images, 'first frame')} {each}" if images else ""
+    counts = f"{plural(len(todo) - images, 'variant')} of clips{frames} and {plural(len(captions), 'caption')}"
     line = f"to encode: {counts}, {size / 2**20:.1f} MiB"
     if not todo:
         return line

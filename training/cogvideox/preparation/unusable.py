@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cogvideox.data.clips import max_bad
 from cogvideox.data.records import ClipRecord
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 
 
 class UnusableClips(UsageError):
@@ -30,7 +30,7 @@ def check_bad(records: Sequence[ClipRecord], max_bad_fraction: float) -> None:
         UnusableClips: More clips are bad than ``max_bad_fraction`` allows.
     """
     if count := too_many_bad(records, max_bad_fraction):
-        rule = f"--max_bad_fraction {max_bad_fraction:g}: {count} of {len(records)} clips cannot be used"
+        rule = f"--max_bad_fraction {max_bad_fraction:g}: {count} of {plural(len(records), 'clip')} cannot be used"
         fix = f"fix or remove them, see the table (ledger.jsonl has all), or continue without: {allowing(records)}"
         raise UnusableClips(f"{rule}; {fix}", records)
 

@@ -140,10 +140,8 @@ class BestCheckpoint:
             write_atomically(path, content)
             self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
 
-    def has_worsened(self, step: int, limit: int | None) -> bool:
+    def has_worsened(self, step: int, limit: int) -> bool:
         """Returns, on every rank, whether the held-out loss has not improved in ``limit`` measurements up to a step."""
-        if limit is None:
-            return False
         count = not_better(losses_on_grid(self.folder, self.grid), step) if self.run.is_main else 0
         return bool(self.run.from_main(count >= limit))
 

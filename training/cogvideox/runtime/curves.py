@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cogvideox.errors import plural
 from cogvideox.files import write_atomically
 from cogvideox.runtime.metrics import BY_TIMESTEP, MetricRecords, by_grid, column, read_records
 
@@ -92,7 +93,7 @@ def curves_figure(records: MetricRecords, name: str, weighting: str = "none") ->
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     printable = "".join(letter if letter.isprintable() else " " for letter in name)
     last = max((record["step"] for record in records), default=0)
-    figure.suptitle(f"{printable}: {last} steps", fontsize=14, parse_math=False)
+    figure.suptitle(f"{printable}: {plural(last, 'step')}", fontsize=14, parse_math=False)
     ratios = (3, 1.5, 1) if measured else (3, 1)
     loss_axes, *middle, rate_axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     draw_loss(loss_axes, records, weighting)

@@ -15,7 +15,7 @@ import torch
 
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.options import SftOptions, TrainOptions
-from cogvideox.errors import DiskError
+from cogvideox.errors import DiskError, plural
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
 from cogvideox.optimizer.shard_files import Shard, write_shards
@@ -124,7 +124,8 @@ def check_disk(folder: Path, needs: DiskNeeds, train: TrainFlags, there: int = 0
     free = free_disk_bytes(folder)
     if free is None or free >= needs.total:
         return
-    sizes = f"{needs.checkpoints} checkpoints of {size_text(needs.checkpoint)} and {size_text(needs.result)} of result"
+    checkpoints = f"{plural(needs.checkpoints, 'checkpoint')} of {size_text(needs.checkpoint)}"
+    sizes = f"{checkpoints} and {size_text(needs.result)} of result"
     problem = f"{folder}: No space left on device, {size_text(needs.total)} needed ({sizes}), {size_text(free)} free"
     limit = (free + there * needs.checkpoint - needs.result) // needs.checkpoint - 1 - train.keep_best
     ways = ""

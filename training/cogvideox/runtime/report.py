@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from cogvideox.errors import plural
 from cogvideox.files import write_atomically
 from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, is_finite, read_records
 
@@ -278,7 +279,7 @@ def summary_of(run: RunFiles) -> str:
     flags = run.config.get("flags", {})
     done = max((record["step"] for record in run.steps), default=0)
     total = flags.get("max_train_steps")
-    parts = [f"{done} of {total} optimizer steps" if total else f"{done} optimizer steps"]
+    parts = [f"{done} of {plural(total, 'optimizer step')}" if total else plural(done, "optimizer step")]
     result = run.recipe.get("step", math.inf)  # with --export_best, an earlier step than the last
     if measured := [record for record in run.held_out if record["step"] <= result]:
         parts.append(f"held-out loss {fixed(measured[-1]['held_out_loss'], 5)}")
@@ -329,5 +330,6 @@ def cost_rows(run: RunFiles) -> list[tuple[str, str]]:
 def clips_table(run: RunFiles) -> str:
     """Returns the training clips with their captions."""
     rows = list(run.captions.items())
-    more = f"<p>{len(rows) - MAX_CLIPS} more clips are in samples.json.</p>" if len(rows) > MAX_CLIPS else ""
+    rest = plural(len(rows) - MAX_CLIPS, "more clip is", "more clips are")
+    more = f"<p>{rest} in samples.json.</p>" if len(rows) > MAX_CLIPS else ""
     return table(("clip", "caption"), rows[:MAX_CLIPS]) + more

@@ -188,8 +188,9 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
             return folder
         run.say(f"{folder}: {problem}; trying the one before")
     if found:
+        everything = "its only checkpoint is" if len(found) == 1 else f"all {len(found)} checkpoints are"
         run.say(
-            f"{run.output_dir}: all {len(found)} checkpoints are damaged, so training starts at step 0; they and the "
+            f"{run.output_dir}: {everything} damaged, so training starts at step 0; damaged checkpoints and the "
             f"metrics are kept as {DAMAGED}*; if there is an intact copy elsewhere, stop this run and give "
             "--resume_from_checkpoint FOLDER"
         )

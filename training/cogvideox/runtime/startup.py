@@ -5,6 +5,7 @@ import time
 
 import psutil
 
+from cogvideox.errors import plural
 from cogvideox.memory.graphs import compiled_graphs
 
 
@@ -26,5 +27,5 @@ class Startup:
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         graphs, loaded = compiled_graphs()
         where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's temporary folder")
-        cache = f"; {loaded} of {graphs} compiled graphs from the cache in {where}" if graphs else ""
+        cache = f"; {loaded} of {plural(graphs, 'compiled graph')} from the cache in {where}" if graphs else ""
         return f"first step finished after {self._ended - self._began:.1f} s: {phases}{cache}"

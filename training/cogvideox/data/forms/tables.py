@@ -27,6 +27,7 @@ from cogvideox.data.forms.columns import (
     read_lines,
 )
 from cogvideox.data.media.frames import Section
+from cogvideox.errors import plural
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
@@ -190,8 +191,9 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> Ta
         for span, cells in rows:
             if len(cells) != len(columns):
                 number = span.start + 1
-                rule = f"has {len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
-                problems.add("wrong number of cells", f"{file}:{number}: {rule}")
+                rule = f"has {plural(len(cells), 'cell')}, but {plural(len(columns), 'column')}"
+                fix = "put quotes around cells with a separator"
+                problems.add("wrong number of cells", f"{file}:{number}: {rule}; {fix}")
                 continue
             table.rows.append(dict(zip(columns, cells, strict=True)))
             numbers.append(span.start + 1)

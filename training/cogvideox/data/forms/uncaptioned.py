@@ -18,7 +18,7 @@ from cogvideox.data.forms.folders import read_rows
 from cogvideox.data.forms.table_text import TableText, can_be_changed
 from cogvideox.data.forms.tables import CAPTION_COLUMNS, TABLE_READERS, is_blank
 from cogvideox.data.media.frames import Section
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, plural
 from cogvideox.files import write_atomically
 
 SECONDS_BETWEEN_WRITES = 5.0  # of a list, which is written as a whole
@@ -198,7 +198,8 @@ def _in_folder(folder: str, data: FolderFlags, problems: Problems) -> tuple[list
     rows = [row for row, caption in enumerate(captions) if not caption]
     if rows and _is_table(columns.caption_file) and (rule := _table_problem(columns)):
         problems.add(
-            "table without captions", f"{columns.caption_file}: {len(rows)} of its rows have no caption; {rule}"
+            "table without captions",
+            f"{columns.caption_file}: {plural(len(rows), 'row has', 'rows have')} no caption; {rule}",
         )
         return [], 0
     return list(_with_places(columns, files, rows)), len(files) - len(rows)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from cogvideox.data.media.faults import VideoError
+from cogvideox.errors import plural
 
 # Names of conversions in VideoInfo.conversions.
 ON_BLACK = "alpha on black"
@@ -226,7 +227,7 @@ def frame_indices(
     available = frames_available(times, rate, skip_start, skip_end)
     if available < count:
         at_rate = f" at {rate:g} fps" if rate else ""
-        raise VideoError(f"too short: {count} frames asked for, {available} available{at_rate}")
+        raise VideoError(f"too short: {plural(count, 'frame')} asked for, {available} available{at_rate}")
     if selection == "uniform":
         chosen = _spread(window, count)
     else:

@@ -101,7 +101,7 @@ class Captioning:
         (tokens,) = tokens_of(self.tokenizer, [caption], self.length)
         self.cut += tokens.count > self.length
         note = f", of which T5 reads {self.length}" if tokens.count > self.length else ""
-        self.say(f"{clip.name}: {tokens.count} tokens{note}: {' '.join(caption.split())}")
+        self.say(f"{clip.name}: {plural(tokens.count, 'token')}{note}: {' '.join(caption.split())}")
 
     def _answers(self, clips: Sequence[Uncaptioned]) -> Iterator[tuple[Uncaptioned, Answer]]:
         """Yields each clip with its caption, or with why it has none, in the order of the clips."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from cogvideox.config.flags import CaptionFlags
 from cogvideox.data.media.pixels.stills import Stills
-from cogvideox.errors import UsageError, one_line
+from cogvideox.errors import UsageError, one_line, plural
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which the same request may succeed
@@ -140,7 +140,7 @@ class VisionServer:
                 raise UsageError(f"{problem}; check --endpoint, --caption_model and {KEY_VARIABLE}")
             if status not in BUSY:
                 raise ClipRefused(problem)
-        tried = f"tried {self.flags.request_attempts} times"
+        tried = f"tried {plural(self.flags.request_attempts, 'time')}"
         raise UsageError(f"{problem}; {tried}; captions so far are written, and the same command continues")
 
     def _exchange(self, path: str, body: dict[str, object] | None) -> tuple[int, Any]:

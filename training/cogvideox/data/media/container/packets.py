@@ -31,6 +31,7 @@ from cogvideox.data.media.container.mpeg4 import Unpacker
 from cogvideox.data.media.container.picture import Picture
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import PacketIndex
+from cogvideox.errors import plural
 
 MAX_FRAMES = 200_000
 
@@ -376,9 +377,9 @@ def _check_complete(container: InputContainer, stream: VideoStream, packets: _Pa
     if container.format.name == "avi":
         num_found = 1 + packets.last_dts
     if num_found < num_promised:
-        raise _truncated(f"{num_found} of {num_promised} frames")
+        raise _truncated(f"{num_found} of {plural(num_promised, 'frame')}")
     if container.format.name == "gif" and not _ends_as_gif(container.name):
-        raise _truncated(f"only {num_found} frames", copy="")
+        raise _truncated(f"only {plural(num_found, 'frame')}", copy="")
     if not container.format.name.startswith(_HAVE_DURATION) or not container.duration:
         return
     # Any stream may be the longest, so packets.end counts all of them. The tolerance is two frames, or 0.1 s, because

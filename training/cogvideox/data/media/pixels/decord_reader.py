@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cogvideox.config.options import AnyOptions, reads_clips
 from cogvideox.data.media.faults import VideoError, errors_naming
 from cogvideox.data.media.frames import VideoInfo
+from cogvideox.errors import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,8 @@ def read_with_decord(
             raise VideoError(f"decord skips frames that were dropped; {_OTHER}")
         video = decord.VideoReader(os.path.abspath(path), width=width, height=height, num_threads=1)
         if len(video) != info.num_frames:
-            raise VideoError(f"decord counts {len(video)} frames, but {info.num_frames} are shown; {_OTHER}")
+            shown = plural(info.num_frames, "is", "are")
+            raise VideoError(f"decord counts {plural(len(video), 'frame')}, but {shown} shown; {_OTHER}")
         frames_FHWC: np.ndarray = video.get_batch(list(indices)).asnumpy()
         return frames_FHWC
 
