@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from fakes import FakeEngine, listing, run_alone, saver_of
-from running import SFT_SCRIPT, Forked, equal, finish, losses, python, safetensors_of, sft_flags
+from running import SFT_SCRIPT, Forked, equal, finish, fork_ranks, losses, python, safetensors_of, sft_flags
 from safetensors.torch import load_file
 from waiting import eventually
 
@@ -563,6 +563,28 @@ def check_same(output: Path, undisturbed: Path) -> None:
         assert equal(safetensors_of(output / part), safetensors_of(undisturbed / part)), part
     assert names(output) == ["checkpoint-3"]
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("numbers: weights that are not finite in a run of one process under DeepSpeed")
+def test_one_process_under_deepspeed_does_not_save_what_is_not_finite(
+    model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's engine writes its files at once, so it is checked before, and nothing is copied or reserved."""
+    output = tmp_path / "out"
+    flags = sft_flags(model, tensors, output, *SHORT, "--mixed_precision", "no", "--learning_rate", "1e39")
+    (rank,) = fork_ranks(1, python(SFT_SCRIPT, *flags), **ZERO2)
+    said = finish(rank, 3)
+    assert "checkpoint-1 is not saved: " in said
+    assert "of host memory" not in said
+    assert names(output) == []
 
 
 WITH_ROOM = """

@@ -73,7 +73,8 @@ class Saver:
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
         weights_only: Whether checkpoints have only the weights, without the engine's state.
         in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
-            room. Only for a single process, because an error of the thread ends only its own process.
+            room. Only for a single process, because an error of the thread ends only its own process, and for an
+            engine that does not share files, because one that does writes them without the given function.
         spare: The bytes of host memory that are expected to be free while training; infinite if that is not known.
         reserve: The memory of copies, after the first step; empty if there was no room.
         writing: The checkpoint that a thread writes.
