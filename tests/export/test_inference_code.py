@@ -175,7 +175,8 @@ def test_inference_writes_whole_frames_per_second_and_the_run_says_so(
     assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
     tree = ast.parse((tmp_path / "lora" / INFERENCE_NAME).read_text())
     assert values(calls(tree, "encode_video"))["fps"] == whole
-    said = f"inference.py writes {whole} frames per second, because diffusers takes whole numbers only; "
+    rate = "1 frame" if whole == 1 else f"{whole} frames"
+    said = f"inference.py writes {rate} per second, because diffusers takes whole numbers only; "
     assert (said in capsys.readouterr().err) == (given != whole)
 
 
