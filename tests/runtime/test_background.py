@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -36,9 +37,9 @@ from cogvideox.runtime.background import Reserve, Snapshot, Writing
 from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.checkpoint_files import checkpoints, damage_of
-from cogvideox.runtime.disk_room import copy_bytes
+from cogvideox.runtime.disk_room import bytes_while_waiting, copy_bytes
 from cogvideox.runtime.run import use_cores
-from cogvideox.tensor_files import Piece, pieces_of
+from cogvideox.tensor_files import Piece, file_order, pieces_of, size_of
 
 RESERVES = "while training goes on; 1000 bytes of host memory are reserved for copies"
 PARTLY = "while training goes on; 750 bytes of host memory are reserved for copies, and training waits for the rest, "
@@ -125,6 +126,21 @@ def test_what_to_expect_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().err
     assert re.search(r"writes .* GiB and takes \d+ s \(.* a second were measured\)[,;] ", text)
     assert said in text
+
+
+def test_the_announced_wait_is_that_for_all_that_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without state, the two files of a checkpoint in fp32 have the same tensors, and 10 of 40 bytes are not copied."""
+    options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), Path("o"), "--optimizer", "torch.optim.SGD"))
+    method: Any = SimpleNamespace(parameters=lambda: {"p": torch.nn.Parameter(torch.zeros(10))})
+    saving = Saver(run_alone(tmp_path), FakeEngine(), method, {}, 1, 1, in_background=True)
+    saving.check_disk(options, 0, 1)
+    monkeypatch.setattr(checkpoint, "seconds_to_write", lambda *_: 80.0)
+    saving.announce(40)
+    assert "30 bytes of host memory are reserved for copies, and training waits for the rest, 50 s: " in (
+        capsys.readouterr().err
+    )
 
 
 def test_one_checkpoint_is_written_at_a_time_and_the_limit_holds(tmp_path: Path) -> None:
@@ -519,10 +535,13 @@ def test_a_partial_copy_takes_no_more_memory_than_its_room(
         snapshot.add(tmp_path / name, pieces, {})
     copied = sum(copy.nbytes for _, copy in snapshot.copies.values())
     assert room - 3 * needed / 32 < copied <= room + 0.01 * needed
-    write = background.write_tensors
+    write, waited = background.write_tensors, [0]
 
     def write_while_training_goes_on(path: Path, pieces: Any, metadata: Any, written: Callable[[], None]) -> str:
+        sizes = (size_of(pieces[name]) for name in file_order(pieces))
+
         def change() -> None:
+            waited[0] += 0 if snapshot.only_copies.is_set() else next(sizes)
             written()
             if snapshot.only_copies.is_set():
                 for piece in (piece for pieces in files.values() for piece in pieces.values()):
@@ -533,6 +552,8 @@ def test_a_partial_copy_takes_no_more_memory_than_its_room(
 
     monkeypatch.setattr(background, "write_tensors", write_while_training_goes_on)
     snapshot.write()
+    waits = bytes_while_waiting(options, 32 * one.numel(), one.dtype, torch.device("cpu"), needed - room)
+    assert waits <= waited[0] < waits + 3 * needed / 32
     for name, tensors in expected.items():
         loaded = load_file(tmp_path / name)
         assert all(loaded[key].equal(tensor) for key, tensor in tensors.items())

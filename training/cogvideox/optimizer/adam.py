@@ -49,6 +49,7 @@ from cogvideox.config.optimizers import is_adam
 from cogvideox.memory.graphs import allowing_graphs
 
 GROUP = 256  # elements that share a scale
+EXAMPLE = 2**20  # elements of a parameter whose state is measured
 FP32, BF16, EIGHT_BIT = MOMENTS = ("fp32", "bf16", "8bit")
 MASTER, LOW, FIRST, SECOND = "master", "low", "exp_avg", "exp_avg_sq"
 WEIGHT = "weight"  # the upper bits of a master, which are not part of its state
@@ -101,10 +102,14 @@ class Adam:
             (FIRST, SECOND), {FP32: torch.float32, BF16: torch.bfloat16}[self.moments]
         )
 
+    def example_state(self, weight: torch.dtype) -> dict[str, Tensor]:
+        """Returns the state of EXAMPLE weights of a type by name, on the meta device."""
+        numbers = {name: EXAMPLE // (GROUP if name.endswith(SCALE) else 1) for name in self.state_types(weight)}
+        return {n: torch.empty(numbers[n], dtype=t, device="meta") for n, t in self.state_types(weight).items()}
+
     def state_bytes(self, weight: torch.dtype) -> float:
         """Returns the bytes of state per weight of a type; with fp32, those of the moments."""
-        types = self.state_types(weight).items()
-        return sum(dtype.itemsize / (GROUP if name.endswith(SCALE) else 1) for name, dtype in types)
+        return sum(tensor.nbytes for tensor in self.example_state(weight).values()) / EXAMPLE
 
     def scalars(self, lr: float, divisor: Tensor, skipped: Tensor, steps: Tensor) -> Tensor:
         """Returns what ``update`` needs of a step, (6,) fp32 on the device, without waiting for the device.

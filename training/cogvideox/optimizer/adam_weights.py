@@ -205,15 +205,17 @@ class Group:
         The names are those of torch.optim.Adam. The codes of 8-bit moments have the parameter's shape.
         """
         weight, state = self._of(name)
-        moments = {key: tensor for key, tensor in state.items() if key.startswith((FIRST, SECOND))}
-        kept = {key: state[key] for key in (LOW, MASTER) if key in state}
+        stored = pieces_of({key: self._shaped(name, tensor) for key, tensor in state.items() if key != LOW})
+        if MASTER in stored:
+            return stored
+        lower = {key: state[key] for key in (LOW,) if key in state}
 
         def put_together(weight: Tensor, *tensors: Tensor) -> Tensor:
             here = weight.to(tensors[0].device) if tensors else weight
-            return self._shaped(name, read_master(here, dict(zip(kept, tensors, strict=True)))).detach()
+            return self._shaped(name, read_master(here, dict(zip(lower, tensors, strict=True)))).detach()
 
-        master = Piece(self.parameters[name].shape, torch.float32, (weight.detach(), *kept.values()), put_together)
-        return {MASTER: master} | pieces_of({key: self._shaped(name, t) for key, t in moments.items()})
+        master = Piece(self.parameters[name].shape, torch.float32, (weight.detach(), *lower.values()), put_together)
+        return {MASTER: master} | stored
 
     @torch.no_grad()
     def load_state(self, name: str, saved: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogvideox.memory.streaming import Layout
-from cogvideox.optimizer.adam import MASTER
+from cogvideox.optimizer.adam import EXAMPLE, MASTER
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 
@@ -142,18 +142,20 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
 # -- the state of any optimizer ----------------------------------------------------------------------------------------
 
 
-def measured_state_bytes(make: MakeOptimizer, device: torch.device) -> int:
-    """Returns the bytes of the optimizer's state per trained element, without its master.
-
-    The state is measured with one step on a parameter of 2**20 elements.
-    """
-    parameter = Parameter(torch.ones(1024, 1024, device=device))
+def example_state(make: MakeOptimizer, device: torch.device) -> dict[str, Tensor]:
+    """Returns the optimizer's state by name, without its master, after one step on a parameter of EXAMPLE elements."""
+    parameter = Parameter(torch.ones(EXAMPLE // 1024, 1024, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
     optimizer.step()
-    kept = sum(tensor.nbytes for _, tensor in plain_tensors(optimizer.state[parameter]))
+    return dict(plain_tensors(optimizer.state[parameter]))
+
+
+def measured_state_bytes(make: MakeOptimizer, device: torch.device) -> int:
+    """Returns the bytes of the optimizer's state per trained element, without its master."""
+    kept = sum(tensor.nbytes for tensor in example_state(make, device).values())
     # Subtracting 0.1 leaves out tables and counters, whose size does not depend on that of the parameter.
-    return math.ceil(kept / parameter.numel() - 0.1)
+    return math.ceil(kept / EXAMPLE - 0.1)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -33,19 +33,20 @@ from cogvideox.memory.streaming import (
     norms_of,
     slot_bytes,
 )
-from cogvideox.optimizer.adam import Adam, adam_of
+from cogvideox.optimizer.adam import EXAMPLE, MASTER, Adam, adam_of
 from cogvideox.optimizer.adam_weights import Group, Masters
 from cogvideox.optimizer.master_weights import (
     MakeOptimizer,
     Resident,
     as_tensor,
     by_parameter,
+    example_state,
     for_file,
     group_numbers,
     layout_of,
     measured_state_bytes,
 )
-from cogvideox.tensor_files import Piece, pieces_of
+from cogvideox.tensor_files import Piece, file_order, pieces_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # the defaults of torch.amp.GradScaler
 SAME_RATE = 1e-3  # relative difference up to which two rates count as equal; a slightly longer run changes less
@@ -221,6 +222,14 @@ def state_bytes(flags: OptimizerFlags, dtype: torch.dtype, device: torch.device)
     if isinstance(rule, Adam):
         return rule.state_bytes(dtype)
     return measured_state_bytes(rule, device) + (4 if dtype != torch.float32 else 0)
+
+
+def bytes_before_masters(flags: OptimizerFlags, device: torch.device) -> float:
+    """Returns the bytes of state per trained fp32 weight that a file has before the masters."""
+    rule = rule_of(flags)
+    state = rule.example_state(torch.float32) if isinstance(rule, Adam) else example_state(rule, device)
+    order = file_order(state | {MASTER: torch.empty(EXAMPLE, device="meta")})
+    return sum(state[name].nbytes for name in order[: order.index(MASTER)]) / EXAMPLE
 
 
 def gradients_are_sums(rule: Adam | MakeOptimizer, passes: int, ranks: int) -> bool:

@@ -39,6 +39,7 @@ from cogvideox.runtime.checkpoint_files import (
 )
 from cogvideox.runtime.disk_room import (
     DiskNeeds,
+    bytes_while_waiting,
     check_disk,
     checkpoint_bytes,
     copy_bytes,
@@ -69,6 +70,7 @@ class Saver:
         kept: The step of a checkpoint that the limit does not remove, the best one.
         num_bytes: The expected size of a checkpoint, if known.
         copy_bytes: The expected size of a copy of it in host memory, if known.
+        bytes_while_waiting: Returns what is written while training waits, for the bytes that are not copied.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
         weights_only: Whether checkpoints have only the weights, without the engine's state.
@@ -91,6 +93,7 @@ class Saver:
     kept: int | None = None
     num_bytes: int | None = None
     copy_bytes: int | None = None
+    bytes_while_waiting: Callable[[float], float] = float
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
     weights_only: bool = False
@@ -281,6 +284,7 @@ class Saver:
         weights = sum(map(num_elements, self.method.parameters().values()))
         self.num_bytes = checkpoint_bytes(options, weights, run.dtype, run.device, self.engine.refers)
         self.copy_bytes = copy_bytes(options, weights, run.dtype, run.device)
+        self.bytes_while_waiting = partial(bytes_while_waiting, options, weights, run.dtype, run.device)
         new = new_at_once(options.train, first, total, there)
         shortage = None
         if run.is_main:
@@ -313,7 +317,7 @@ class Saver:
         if room:
             how += f", while training goes on; {size_text(room)} of host memory are reserved for copies"
             if room < needed:
-                waits = seconds * (needed - room) / needed
+                waits = seconds * self.bytes_while_waiting(needed - room) / self.num_bytes
                 how += f", and training waits for the rest, {waits:.0f} s: a complete copy needs {size_text(needed)}"
         elif self.in_background:
             how += "; training waits until it is written, and goes on while it is verified: "

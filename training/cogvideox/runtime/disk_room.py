@@ -19,7 +19,7 @@ from cogvideox.errors import DiskError, plural
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
 from cogvideox.optimizer.shard_files import Shard, write_shards
-from cogvideox.optimizer.step import state_bytes
+from cogvideox.optimizer.step import bytes_before_masters, state_bytes
 from cogvideox.tensor_files import pieces_of, write_tensors
 
 if TYPE_CHECKING:
@@ -84,6 +84,30 @@ def copy_bytes(options: TrainOptions, weights: int, dtype: torch.dtype, device: 
         return weights * dtype.itemsize
     average = options.loss.use_ema * (4 + dtype.itemsize)  # in fp32, and rounded as the weights are
     return math.ceil(weights * (dtype.itemsize + state_bytes(options.optimizer, dtype, device) + average))
+
+
+def bytes_while_waiting(
+    options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device, left_out: float
+) -> float:
+    """Returns the bytes of a checkpoint that are written while training waits, if a part of it is not copied.
+
+    The tensors that are written first are not copied. If weights are in fp32, they are their own masters, which are
+    written twice: with the state, and for users. Training then waits until both are written, and what is in between.
+
+    Args:
+        options: The flags.
+        weights: The number of trained weights.
+        dtype: The compute type.
+        device: The device of training.
+        left_out: The bytes that are not copied.
+    """
+    if saves_weights_only(options) or dtype != torch.float32:
+        return left_out
+    before = weights * bytes_before_masters(options.optimizer, device)
+    if left_out <= before:
+        return left_out
+    state = copy_bytes(options, weights, dtype, device)
+    return state + min(left_out - before, weights * dtype.itemsize)
 
 
 def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0, seconds: float = 0.0) -> int:
