@@ -255,6 +255,13 @@ def test_a_model_that_does_not_exist(name: str, tmp_path: Path) -> None:
         read_geometry(ModelFlags(name, cache_dir=str(tmp_path)))
 
 
+def test_the_download_that_is_advised_is_of_the_same_revision_into_the_same_cache(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        read_geometry(ModelFlags("no-such-owner/no-such-model", revision="v2", cache_dir=str(tmp_path)))
+    fix = f"hf download no-such-owner/no-such-model --revision v2 --cache-dir {tmp_path}"
+    assert str(error.value).endswith(f"; run where there is a network: {fix}")
+
+
 def test_a_derived_size_is_not_reported_again(tiny: Tiny) -> None:
     assert len(found_problems(tiny("5b"), "--height_buckets", "490")) == 1
 

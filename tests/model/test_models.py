@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from hub_stand_in import in_hub_cache
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -186,6 +187,26 @@ def test_a_variant_is_loaded_with_its_own_type_and_fingerprint(own: Path) -> Non
 def test_a_variant_that_is_not_there_is_named(own: Path, part: str) -> None:
     with pytest.raises(UsageError, match=rf"--variant fp8: {part} has no such safetensors file \(there: .*safetensors"):
         models.weight_files(flags(own, "fp8"), part)
+
+
+@pytest.mark.fault("data: a model of the hub of which a part of the weights was downloaded, without a network", times=2)
+def test_weights_that_are_not_in_the_cache_are_named_with_what_downloads_them(own: Path, tmp_path: Path) -> None:
+    """Without a network, the client of the hub returns the folder of what was downloaded before."""
+    shards = [own / "vae" / f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    (own / VAE).rename(shards[0])
+    shards[1].write_bytes(b"")
+    cache = tmp_path / "a cache"
+    in_hub_cache(cache, "model", own)
+    model = ModelFlags("me/model", revision="main", cache_dir=str(cache))
+    fix = f"run where there is a network: hf download me/model --revision main --cache-dir '{cache}'"
+    with pytest.raises(UsageError) as error:
+        models.weight_files(model, "vae")
+    assert str(error.value) == f"me/model: vae has 2 of 3 weight files; {fix}"
+    (weights,) = cache.rglob("text_encoder/*.safetensors")
+    weights.unlink()
+    with pytest.raises(UsageError) as error:
+        models.weight_files(model, "text_encoder")
+    assert f"(there: none; if the model has some, {fix})" in str(error.value)
 
 
 def test_a_part_that_is_not_there_is_named(own: Path) -> None:

@@ -7,6 +7,7 @@ before torch is imported.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,8 +343,17 @@ def hub_file(model: ModelFlags, name: str) -> Path:
         reason = first_line(error)
         raise UsageError(
             f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason}); "
-            f"run where there is a network: hf download {repo}"
+            f"{download_fix(model)}"
         ) from None
+
+
+def download_fix(model: ModelFlags) -> str:
+    """Returns, for messages, how to download the files of a hub model that a run needs and does not find."""
+    where = {"--revision": model.revision, "--cache-dir": model.cache_dir}
+    given = [part for name, value in where.items() if value for part in (name, value)]
+    return (
+        f"run where there is a network: {shlex.join(['hf', 'download', model.pretrained_model_name_or_path, *given])}"
+    )
 
 
 def flag_text(model: ModelFlags) -> str:

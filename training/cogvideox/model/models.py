@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
-from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, missing_files
+from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, download_fix, missing_files
 from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.files import disk_errno
 from cogvideox.model import t5_stream, vae_encoder
@@ -84,17 +84,22 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     """Returns the safetensors files of a part, of the variant that --variant names.
 
     Raises:
-        UsageError: There are no such files.
+        UsageError: There are no such files, or some are missing, as in the cache of the hub after an interrupted
+            download, if there is no network.
     """
     files = sorted(part_folder(model, part).glob("*.safetensors"))
     variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
     chosen = [path for path in files if variants[path].split("-")[0] == (model.variant or "")]
+    name = model.pretrained_model_name_or_path
+    fix = "download the model again" if Path(name).is_dir() else download_fix(model)
     if not chosen:
-        has = ", ".join(path.name for path in files) or "none"
-        subject = (
-            f"--variant {model.variant}" if model.variant else f"{model.pretrained_model_name_or_path}, no --variant"
-        )
+        has = ", ".join(path.name for path in files) or f"none; if the model has some, {fix}"
+        subject = f"--variant {model.variant}" if model.variant else f"{name}, no --variant"
         raise UsageError(f"{subject}: {part} has no such safetensors file (there: {has}); of .bin files, {NO_PICKLES}")
+    numbered = (re.search(r"-of-(\d+)", path.name) for path in chosen)
+    total = max((int(match[1]) for match in numbered if match), default=1)
+    if len(chosen) < total:
+        raise UsageError(f"{name}: {part} has {len(chosen)} of {total} weight files; {fix}")
     return chosen
 
 
