@@ -437,6 +437,7 @@ def test_train_resolution_replaces_the_lists_of_buckets() -> None:
         (LORA, ("--validation_prompt", " "), "--validation_prompt: has no prompt"),
         (LORA, ("--validation_prompt", "::: ", "--do_validation"), "--validation_prompt: has no prompt"),
         (LORA, ("--validation_prompt", "p", "--validation_prompt_separator", ""), "--validation_prompt_separator: is"),
+        (LORA, ("--resume_from_checkpoint", ""), "--resume_from_checkpoint: is empty; give a folder"),
         (LORA, ("--gradient_checkpointing", "--keep", "all"), "--gradient_checkpointing: contradicts --keep all"),
         (SFT, ("--gradient_checkpointing", "--keep", "linear"), "--gradient_checkpointing: contradicts --keep linear"),
         (LORA, ("--plan", "lean", "--use_dora"), "--plan lean: contradicts --use_dora"),

@@ -80,7 +80,7 @@ def tear_manifest(folder: Path) -> str:
 
 def lose_manifest(folder: Path) -> str:
     (folder / MANIFEST_NAME).unlink()
-    return "FileNotFoundError in its json files"
+    return "manifest.json is missing"
 
 
 def another_step(folder: Path) -> str:

@@ -87,6 +87,7 @@ def test_changed_settings_are_refused_before_any_model_loads(model: Path, tensor
     rule = "  --train_batch_size x --gradient_accumulation_steps x processes: 2 there, 4 now"
     assert rule in refused([*flags, "--gradient_accumulation_steps", "4"])
     assert "checkpoint-9: the folder does not exist" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
+    assert f"{again}: manifest.json is missing; in" in refused([*flags, "--resume_from_checkpoint", str(again)])
     assert "is at step 6 already" in refused([*flags, "--max_train_steps", "3"])
 
 

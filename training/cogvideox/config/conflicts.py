@@ -167,6 +167,8 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
     train = options.train
     if train.no_resume and train.resume_from_checkpoint:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
+    if train.resume_from_checkpoint == "":
+        yield "--resume_from_checkpoint: is empty; give a folder, a name in output_dir, or latest, or leave it out"
     if options.loader.load_tensors:
         yield from load_tensors_problems(options)
     optimizer = options.optimizer

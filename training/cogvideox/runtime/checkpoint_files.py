@@ -91,6 +91,8 @@ def read_checkpoint_json(path: Path) -> Any:
     """Returns the value in a JSON file of a checkpoint. Raises Damage if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Damage(f"{path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Damage(f"{type(error).__name__} in its json files") from None
 
