@@ -108,7 +108,7 @@ def test_frames_are_spread_over_the_time_of_the_clip(
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("written", [None, "First.\n\n\n", "First.\n\n\n\n\n", "\n\nThird.\n"])
+@pytest.mark.parametrize("written", [None, "First.\n\n\n", "First.\n\n\n\n\n", "\n\nThird.\n", "First.\n\n\n \n"])
 def test_a_list_keeps_its_lines_and_gets_the_missing_ones(
     written: str | None, folder: Path, caption: Callable[..., int]
 ) -> None:

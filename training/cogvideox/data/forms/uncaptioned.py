@@ -125,7 +125,7 @@ class CaptionList(_WholeFile):
     def _lines(self) -> list[str]:
         problems = Problems()
         found = (read_lines(self._file, problems) or []) if os.path.exists(self._file) else []
-        while found and found[-1] == "":
+        while found and not (found[-1] or "").strip():  # as blank lines at the end of a list are not read
             found.pop()
         if problems or len(found) > self._length:
             raise _changed(self._file)
