@@ -405,6 +405,18 @@ def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert take_listing(equal, tmp_path).samples[0].caption == "a blue disc"
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_files_of_unsupported_formats_are_listed_for_all_folders(tmp_path: Path, checked: bool) -> None:
+    for root in (tmp_path / "train", tmp_path / "held_out"):
+        root.mkdir()
+        for name in ("a.mp4", "a.txt", "b.rm"):
+            (root / name).write_text("x")
+    data = DataFlags((str(tmp_path / "train"),), validation_data_root=(str(tmp_path / "held_out"),))
+    assert not checked or list(check_data_roots(SimpleNamespace(data=data, loader=LoaderFlags()))) == []
+    skipped = take_listing(data, tmp_path).skipped
+    assert sorted(skipped) == [str(tmp_path / folder / "b.rm") for folder in ("held_out", "train")]
+
+
 @pytest.mark.fault("data: a table with hundreds of thousands of rows")
 def test_many_rows(tmp_path: Path) -> None:
     write_lists(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)

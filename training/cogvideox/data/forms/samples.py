@@ -8,7 +8,6 @@ relies on folders.py for the form of a folder and on paths.py for which files ma
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -95,13 +94,13 @@ def read_samples(data: DataFlags, skipped: list[str] | None = None, need_caption
     return _read_folders("--data_root", data.data_root, data.repeats, data, found, need_captions)
 
 
-def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]:
+def read_validation(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
     """Reads the clips of --validation_data_root, once each; without the flag there are none.
 
-    Raises:
-        UsageError: As for ``read_samples``.
+    The arguments and errors are those of ``read_samples``.
     """
-    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [], need_captions)
+    found: list[str] = [] if skipped is None else skipped
+    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, found, need_captions)
 
 
 def check_no_missing_images(samples: Sequence[Sample]) -> None:
@@ -122,10 +121,9 @@ def check_data_roots(options: AnyOptions) -> Iterator[str]:
     if not reads_clips(options):
         return
     listing = Listing.begin(tensor_folder(options))
-    readers = ((listing.samples, partial(read_samples, skipped=listing.skipped)), (listing.validation, read_validation))
-    for into, read in readers:
+    for into, read in ((listing.samples, read_samples), (listing.validation, read_validation)):
         try:
-            into.extend(read(options.data, need_captions=needs_captions(options)))
+            into.extend(read(options.data, listing.skipped, needs_captions(options)))
         except UsageError as error:
             yield from error.problems
     vars(options.data)[LISTING_ATTRIBUTE] = listing  # incomplete if there are problems, but then the run ends
@@ -149,7 +147,7 @@ def take_listing(data: DataFlags, folder: Path, need_captions: bool = True) -> L
     if kept is not None:
         return kept
     listing = Listing.begin(folder)
-    listing.validation.extend(read_validation(data, need_captions))
+    listing.validation.extend(read_validation(data, listing.skipped, need_captions))
     listing.samples.extend(read_samples(data, listing.skipped, need_captions))
     return listing
 
