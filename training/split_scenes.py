@@ -38,10 +38,11 @@ def main(options: SceneOptions) -> int:
     """Writes the table and the picture of its cuts."""
     from cogvideox.data.forms.scene_table import clips_of
     from cogvideox.preparation.scenes.splitting import SceneSplitter
+    from cogvideox.preparation.unusable import skipped_notes
 
-    splitter = SceneSplitter(options)
-    splitter.run(clips_of(options.data))
-    print(*splitter.report(), sep="\n")
+    splitter, skipped = SceneSplitter(options), list[str]()
+    splitter.run(clips_of(options.data, skipped))
+    print(*skipped_notes(skipped), *splitter.report(), sep="\n")
     return 0
 
 

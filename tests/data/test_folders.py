@@ -23,7 +23,7 @@ from cogvideox.data.cache import open_index
 from cogvideox.data.forms.columns import WITHOUT_CAPTIONS
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, read_samples, read_validation
 from cogvideox.errors import UsageError
-from cogvideox.preparation.report import skipped_notes
+from cogvideox.preparation.unusable import skipped_notes
 
 ODD = (
     "a, b",

@@ -266,6 +266,15 @@ def test_a_file_that_cannot_be_opened_is_left_out_until_it_is_repaired(
     assert sections(rows, "a.mp4") == sections(rows, "long.mp4")
 
 
+def test_files_of_unsupported_formats_are_listed(
+    folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table does not have them, so a later preparation cannot list them."""
+    (folder / "camera.mxf").write_bytes(b"x")
+    split()
+    assert f"1 .mxf; convert clips to mp4:\n  {folder / 'camera.mxf'}\n" in capsys.readouterr().out
+
+
 def test_sections_and_clips_with_a_first_frame_are_not_cut(
     folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ from the records of the ledger, and writes the page about the data set; ``sugges
 """
 
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.proposals import USUAL
-from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad
+from cogvideox.preparation.unusable import UnusableClips, allowing, skipped_notes, too_many_bad
 
 TRIED = 3  # clips to time
 LEAST_SHARE = 0.1  # of a clip; a note says so if less is trained on
@@ -258,15 +257,6 @@ def length_notes(used: dict[Bucket, list[Used]], records: Records, fps: float | 
         rule = f"much longer than what is trained on, which is less than {LEAST_SHARE:.0%} of the clip"
         fix = f"split_scenes.py --max_scene_seconds {seconds} makes several clips of one"
         yield f"{plural(long, 'clip is', 'clips are')} {rule}; {fix}"
-
-
-def skipped_notes(skipped: Sequence[str]) -> list[str]:
-    """Returns lines about files that may be clips but have an unsupported format."""
-    if not skipped:
-        return []
-    suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
-    return [f"files skipped because their format is not supported: {kinds}; convert clips to mp4:", *indented(skipped)]
 
 
 def color_notes(records: Records) -> Iterator[str]:

@@ -1,14 +1,17 @@
-"""Checks how many clips of a data set cannot be used, against --max_bad_fraction.
+"""Checks how many clips of a data set cannot be used, against --max_bad_fraction, and lists files that are skipped.
 
 ``check_bad`` raises ``UnusableClips`` if there are too many. It carries the records, for the table of causes.
 """
 
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 
 from cogvideox.data.clips import max_bad
 from cogvideox.data.records import ClipRecord
 from cogvideox.errors import UsageError, plural
+from cogvideox.preparation.captions import indented
 
 
 class UnusableClips(UsageError):
@@ -45,3 +48,12 @@ def allowing(records: Sequence[ClipRecord]) -> str:
     """Returns the flag that allows as many bad clips as there are."""
     bad = sum(not record.usable for record in records)
     return f"--max_bad_fraction {math.ceil(bad / len(records) * 1000) / 1000:g}"
+
+
+def skipped_notes(skipped: Sequence[str]) -> list[str]:
+    """Returns lines about files that may be clips but have an unsupported format."""
+    if not skipped:
+        return []
+    suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
+    return [f"files skipped because their format is not supported: {kinds}; convert clips to mp4:", *indented(skipped)]

@@ -43,11 +43,12 @@ class Clip:
     image: str = ""
 
 
-def clips_of(data: FolderFlags) -> dict[str, list[Clip]]:
+def clips_of(data: FolderFlags, skipped: list[str] | None = None) -> dict[str, list[Clip]]:
     """Reads the clips of a folder, whose captions may be missing.
 
     Args:
         data: Flags with one data_root.
+        skipped: Receives the paths of files that may be clips but have an unsupported format.
 
     Returns:
         The clips of each file, by its absolute path.
@@ -59,6 +60,8 @@ def clips_of(data: FolderFlags) -> dict[str, list[Clip]]:
     columns, files = read_rows(data.data_root[0], data, problems)
     if problems:
         raise UsageError(problems.lines())
+    if skipped is not None:
+        skipped += columns.skipped
     blank = [""] * len(files)
     captions = columns.captions.texts() if columns.captions is not None else blank
     images = _paths(columns.images) if columns.images is not None else blank
