@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_stand_in import in_hub_cache
@@ -432,6 +433,60 @@ def test_without_weights_the_encoders_are_not_compared(
     assert predict(model, index, tmp_path / "out", *flags, "--max_train_steps", "10") == 0
     line = f"not checked: whether this model encoded the tensors; {model} has no vae and text_encoder here"
     assert line in capsys.readouterr().out.splitlines()
+
+
+def as_variant(folder: Path) -> None:
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def as_one_of_two_shards(folder: Path) -> None:
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}-00001-of-00002.safetensors"))
+
+
+def without_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("change", "variant", "absent"),
+    [
+        (None, "fp16", "vae and text_encoder"),
+        (as_variant, None, "vae and text_encoder"),
+        (as_variant, "fp16", None),
+        (as_one_of_two_shards, None, "vae and text_encoder"),
+        (without_tokenizer, None, "tokenizer"),
+        (None, None, None),
+    ],
+)
+def test_what_is_missing_in_the_cache_is_not_downloaded(
+    change: Callable[[Path], None] | None,
+    variant: str | None,
+    absent: str | None,
+    model: Path,
+    tensors: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache"
+    in_hub_cache(cache, "5b", model)
+    if change:
+        change(next((cache / "models--me--5b" / "snapshots").iterdir()))
+    find = huggingface_hub.snapshot_download
+
+    def find_only(*arguments: Any, local_files_only: bool = False, **more: Any) -> str:
+        assert local_files_only
+        return find(*arguments, local_files_only=True, **more)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", find_only)
+    flags = ("--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--cache_dir", str(cache))
+    flags += ("--max_train_steps", "10", *(("--variant", variant) if variant else ()))
+    assert predict(Path("me/5b"), tensors, tmp_path / "out", *flags) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
+    rule = "not checked: whether this model encoded the tensors; me/5b has no {} here"
+    assert lines == ([rule.format(absent)] if absent else [])
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

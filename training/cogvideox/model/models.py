@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names of the types
 LAYER = re.compile(r"\.\d+\.")  # in the names of the weights of numbered layers
+SHARDS = re.compile(r"-of-(\d+)\.safetensors$")  # their number, in the name of each
 SAMPLES, SAMPLE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
 T5_MARGIN = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
@@ -65,19 +67,35 @@ def part_folder(model: ModelFlags, part: str) -> Path:
     return folder / part
 
 
-def has_weights(model: ModelFlags, part: str) -> bool:
-    """Returns whether all weights of a part are on this machine. Nothing is downloaded."""
-    folder = Path(model.pretrained_model_name_or_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+def on_this_machine(model: ModelFlags) -> ModelFlags:
+    """Returns the flags with the folder of a hub model in the cache, which may lack files. Nothing is downloaded.
 
-        where: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir}
-        try:
-            folder = Path(snapshot_download(str(folder), local_files_only=True, **where))
-        except LocalEntryNotFoundError:
-            return False
-    return any((folder / part).glob("*.safetensors")) and not any(missing_files(folder / part))
+    They are unchanged if the cache has nothing of it.
+    """
+    name = model.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    where: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir}
+    try:
+        return replace(model, pretrained_model_name_or_path=snapshot_download(name, local_files_only=True, **where))
+    except LocalEntryNotFoundError:
+        return model
+
+
+def has_weights(model: ModelFlags, part: str) -> bool:
+    """Returns whether all weights of a part in a folder are there, of the variant that --variant names."""
+    folder = Path(model.pretrained_model_name_or_path, part)
+    if not folder.is_dir():
+        return False
+    try:
+        files = weight_files(model, part)
+    except UsageError:
+        return False
+    numbered = SHARDS.search(files[0].name)
+    return len(files) == int(numbered[1] if numbered else 1) and not any(missing_files(folder))
 
 
 def weight_files(model: ModelFlags, part: str) -> list[Path]:

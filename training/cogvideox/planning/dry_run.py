@@ -46,7 +46,7 @@ from cogvideox.errors import UsageError, plural
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
-from cogvideox.model.models import has_weights, ignore_learned_positions
+from cogvideox.model.models import has_weights, ignore_learned_positions, on_this_machine
 from cogvideox.model.tasks import Task
 from cogvideox.optimizer.step import warm_up_note
 from cogvideox.planning.choice import LEVEL_SECONDS
@@ -171,8 +171,9 @@ def settings_unchecked(
     """
     if start.folder is None:
         return
-    if has_weights(options.model, "transformer"):
-        check_recipe(start, recipe_of(options, geometry, task, method), options)
+    here = on_this_machine(options.model)
+    if has_weights(here, "transformer"):
+        check_recipe(start, recipe_of(replace(options, model=here), geometry, task, method), options)
     else:
         yield unchecked_line(f"{start.folder.name} was made with these settings", options, ["transformer"])
 
@@ -268,11 +269,14 @@ def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOpti
     Raises:
         UsageError: The folder was made with others.
     """
-    absent = [part for part in ("vae", "text_encoder") if not has_weights(options.model, part)]
+    here = on_this_machine(options.model)
+    absent = [part for part in ("vae", "text_encoder") if not has_weights(here, part)]
+    if not absent and not Path(here.pretrained_model_name_or_path, "tokenizer").is_dir():
+        absent = ["tokenizer"]
     if absent:
         yield unchecked_line("this model encoded the tensors", options, absent)
     else:
-        encoders = Encoders.of(options.model, options.encode, geometry, torch.device("cpu"))
+        encoders = Encoders.of(here, options.encode, geometry, torch.device("cpu"))
         check_index(index, encoders, Path(options.data.data_root[0]))
 
 
