@@ -199,6 +199,15 @@ def flags_of(model: Path, prepared: Path, output: Path, *more: object) -> list[s
 
 
 @pytest.mark.usefixtures("scripted")
+def test_the_best_is_described_by_the_settings_of_its_steps(model: Path, prepared: Path, tmp_path: Path) -> None:
+    flags = flags_of(model, prepared, tmp_path, "--export_best")
+    assert train([*flags, "--max_train_steps", "4"]) == 0
+    assert train([*flags, "--max_train_steps", "6", "--learning_rate", "2e-2", "--allow_changed", "learning_rate"]) == 0
+    made = json.loads((tmp_path / "recipe.json").read_text())
+    assert (made["step"], made["learning_rate"], made.get("earlier")) == (2, 0.01, None)
+
+
+@pytest.mark.usefixtures("scripted")
 def test_the_best_is_exported_with_its_videos(model: Path, prepared: Path, tmp_path: Path) -> None:
     """The result equals that of a run that ends at the best step, also with an average of the weights."""
     more = ("--use_ema", "--ema_decay", 0.5, "--validation_prompt", PROMPT)

@@ -134,6 +134,29 @@ def test_a_change_of_a_finished_run_has_no_effect_and_the_card_does_not_claim_it
     assert train(lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 7)) == 0
 
 
+def test_the_card_names_the_settings_of_all_steps(
+    model: Path, tensors: Path, again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*lora_flags(model, tensors, again, *VALIDATED), "--allow_changed", "learning_rate", "samples_per_step"]
+    assert train([*flags, "--max_train_steps", "7", "--learning_rate", "2e-2"]) == 0
+    first = {"until": 6, "learning_rate": 0.01}
+    assert json.loads((again / "recipe.json").read_text())["earlier"] == [first]
+    assert {path.parent.name for path in again.glob("validation/**/step-000000*.mp4")} == {"validation"}
+    later = [*flags, "--learning_rate", "2e-2", "--gradient_accumulation_steps", "1"]
+    assert train([*later, "--max_train_steps", "8"]) == 0
+    second = {"until": 7, "samples_per_step": 2}
+    for _ in range(2):  # The second time, all steps are done.
+        assert json.loads((again / "recipe.json").read_text())["earlier"] == [first, second]
+        card = (again / "README.md").read_text()
+        assert "8, of 1 sample each; learning rate 0.02, constant, adamw." in card
+        batch = "--train_batch_size x --gradient_accumulation_steps x processes"
+        assert f"- Settings up to step 6: --learning_rate: 0.01.\n- Settings up to step 7: {batch}: 2.\n" in card
+        assert train([*later, "--max_train_steps", "8"]) == 0
+    assert "has no effect" not in capsys.readouterr().err
+    assert train([*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "checkpoint-2"]) == 0
+    assert "earlier" not in json.loads((again / "recipe.json").read_text())
+
+
 def test_the_flag_that_makes_a_run_too_short_is_named(model: Path, tensors: Path, again: Path) -> None:
     flags = lora_flags(model, tensors, again, *VALIDATED)
     at = flags.index("--max_train_steps")

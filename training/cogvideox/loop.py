@@ -60,7 +60,7 @@ from cogvideox.planning.warm_up import has_no_bound, warm_up
 from cogvideox.preparation.tensors import Tensors, open_tensors
 from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver
-from cogvideox.runtime.checkpoint_files import restart_hint, safe_text
+from cogvideox.runtime.checkpoint_files import PROGRESS_NAME, read_checkpoint_json, restart_hint, safe_text
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
@@ -68,11 +68,13 @@ from cogvideox.runtime.ranks import Ranks, lost_ranks_reported
 from cogvideox.runtime.report import write_report
 from cogvideox.runtime.resume import (
     DATA,
+    EARLIER,
     StartPoint,
     changes,
     check_length,
     check_same_samples,
     common_settings,
+    earlier_values,
     find_start,
     recipe_of,
     write_samples,
@@ -132,13 +134,17 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     total = order.total_steps(train.max_train_steps, train.num_train_epochs)
     check_length(start, total, options.train)
     recipe = recipe | {DATA: index.fingerprint}
+    changed = changes(start.recipe, recipe)
     if start.step < total:
         if line := warm_up_note(options.optimizer, total, order.global_batch):
             run.say(line)
-    elif changed := changes(start.recipe, recipe):
+    elif changed:
         rule = f"has no effect; {start.folder} has all {plural(total, 'step')}; give a larger --max_train_steps"
         run.say(f"--allow_changed {' '.join(changed)}: {rule}")
         recipe |= {name: then for name, (then, _) in changed.items()}  # The result was made with these.
+        changed = {}
+    if earlier := earlier_values(start, changed):
+        recipe[EARLIER] = earlier
     return Steps(order, total, recipe, start)
 
 
@@ -585,11 +591,13 @@ class Trainer:
             self.run.say(summary)
         self._evaluate(step)
         run, options = self.run, self.options
+        recipe = self.steps.recipe
         if options.train.export_best:
             step = self._restore_best(step)
+            recipe = read_checkpoint_json(self.best.path(step) / PROGRESS_NAME)["recipe"]
         self.best.report_harm(step)
         with stopping.phase("the export"), self.engine.averaged():
-            files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
+            files = publish(run, options, self.task, self.method, self.validator, self.dataset, recipe, step)
         if run.is_main:
             run.say(f"report: {write_report(run.output_dir)}")
         run.disconnect()

@@ -38,7 +38,7 @@ from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.metrics import MOTION, keep_records
-from cogvideox.runtime.resume import as_written_now
+from cogvideox.runtime.resume import EARLIER, as_written_now
 from cogvideox.runtime.run import METRICS_NAME, Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
@@ -214,7 +214,7 @@ class Validator:
             previous["recipe"] = as_written_now(previous.get("recipe", {}), settings["recipe"])
             # Earlier versions wrote all flags of validation.
             previous["validation"] = {n: v for n, v in previous.get("validation", {}).items() if n in flags}
-            allowed = self.options.train.allow_changed
+            allowed = (*self.options.train.allow_changed, EARLIER)
             same_recipe = without_recipe_entries(
                 allowed, {**previous, "total_steps": total_steps}
             ) == without_recipe_entries(allowed, settings)

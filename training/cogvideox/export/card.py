@@ -26,6 +26,7 @@ from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import IMAGE_NAME, Task
 from cogvideox.runtime.curves import CURVES_NAME
+from cogvideox.runtime.resume import earlier_lines
 from cogvideox.runtime.run import Run
 
 CARD_NAME = "README.md"
@@ -315,6 +316,7 @@ def training(facts: Facts) -> str:
         f"Frames x height x width: {buckets}.",
         f"Optimizer steps: {made['step']}, of {plural(made['samples_per_step'], 'sample')} each; {rate}.",
         f"Precision: {facts.dtype}; seed {made['seed']}.",
+        *earlier_lines(made),
         f"Versions: {versions}; Python {made['python']}, {made['device']}.",
         f"Checked: read back by diffusers, the weights were compared with the trained ones on a sample of the data: "
         f"largest difference {checked['max_difference']:.3g}, cosine {checked['cosine']:.7f}.",

@@ -6,7 +6,7 @@ compares the data when they are known. ``StartPoint.load`` loads the checkpoint.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -46,6 +46,8 @@ from cogvideox.runtime.run import METRICS_NAME, Run
 
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
+# The entry of a recipe with what --allow_changed replaced: a list of {"until": step, name of an entry: its value then}.
+EARLIER = "earlier"
 NAMES_SHOWN = 5
 # What decides the entries of a recipe that are not called like their flag.
 MODEL_FLAG = "--pretrained_model_name_or_path"
@@ -239,8 +241,25 @@ def changes(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, 
     """Returns the entries of two recipes that differ, by name: the value that was written, and the current one."""
     now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
     then = as_written_now(then, now)
-    pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
+    pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now} if name != EARLIER}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def earlier_values(start: StartPoint, changed: Mapping[str, tuple[object, object]]) -> list[dict[str, Any]]:
+    """Returns the entry EARLIER of a run that continues with changed settings, which are given as by ``changes``."""
+    then = {name: old for name, (old, _) in changed.items()}
+    return [*start.recipe.get(EARLIER, []), *([{"until": start.step, **then}] if start.step and then else [])]
+
+
+def earlier_lines(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Yields, for the model card, a sentence about the settings of each group of steps before --allow_changed."""
+    for entry in recipe.get(EARLIER, []):
+        values = [
+            "other data" if name == DATA else f"{setting(name)}: {shown(value)}"
+            for name, value in entry.items()
+            if name != "until"
+        ]
+        yield f"Settings up to step {entry['until']}: {'; '.join(values)}."
 
 
 def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
