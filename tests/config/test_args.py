@@ -383,6 +383,9 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     host = parse("--optimizer_state_on", "host", "--optimizer", "came")
     (found,) = check_state_place(host)
     assert found.startswith("--optimizer_state_on host: --optimizer came cannot keep its state in host memory")
+    # No other check reports the same cause again.
+    (found,) = check_state_place(parse("--use_cpu_offload_optimizer", "--optimizer", "torch.optim.RAdam"))
+    assert found.startswith("--use_cpu_offload_optimizer: --optimizer torch.optim.RAdam cannot keep its state in host")
     assert problems(*LEAST[LORA], "--plan", "off", "--keep", "all")[0].startswith("--keep all: contradicts --plan off")
     assert parse().plan.plan == "auto"
 

@@ -790,13 +790,11 @@ class OptimizerFlags:
     use_cpu_offload_optimizer: bool = flag(
         False,
         "store the state of the optimizer in host memory, as --optimizer_state_on host does",
-        only=ADAMS,
     )
     offload_gradients: bool = flag(
         False,
         "send each gradient to host memory at once, as --weights_on host does; with --use_cpu_offload_optimizer, and "
         "if all weights are trained",
-        only=ADAMS,
     )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
     scale_lr: bool = flag(False, "multiply the learning rate by the number of samples per optimizer step")
