@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import PLAIN, options_of, run_alone
 from PIL import Image
@@ -19,6 +20,7 @@ from running import PROMPT, ROOT, frames_of, lora_flags, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cogvideox.data.media.pixels.pictures import probe_picture, read_picture
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export.inference_code import inference_script, literal
 from cogvideox.export.publish import INFERENCE_NAME
@@ -260,6 +262,56 @@ def test_values_are_given_with_flags_or_without(
     assert (args.frames, args.height, args.width) == (9, 64, 96)
 
 
+def image_of(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, mode: str = "center") -> Image.Image:
+    """Runs inference.py up to the model, and returns the image that the pipeline would get."""
+    tree = ast.parse(code_of(path.parent, ImageToVideo, PLAIN, "--video_reshape_mode", mode))
+    end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("pipe = "))
+    name = ast.unparse(next(k.value for k in calls(tree, "pipe").keywords if k.arg == "image"))
+    tree.body = tree.body[:end]
+    monkeypatch.setattr("sys.argv", ["inference.py", "a cat", str(path), *arguments])
+    variables: dict[str, Any] = {"__file__": "inference.py"}
+    exec(compile(tree, "inference.py", "exec"), variables)
+    image: Image.Image = variables[name]
+    return image
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """Saves an image of a kind, of the shape of the videos."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 4), np.uint8)
+    path, image = folder / f"{kind}.png", Image.fromarray(pixels)
+    exif = Image.Exif()
+    if kind == "16 bits":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind == "transparent color":
+        image.convert("RGB").quantize().save(path, transparency=3)
+        return path
+    elif kind == "rotated":
+        image, exif[0x0112] = Image.fromarray(pixels[..., :3]).rotate(90, expand=True), 6
+    elif kind != "RGBA":
+        image = image.convert(kind)
+    image.save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "LA", "1", "P", "16 bits", "transparent color", "rotated"])
+def test_images_are_read_as_training_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """By itself, diffusers makes images of 16 bits white, and shows the colors of transparent pixels."""
+    path = saved(kind, tmp_path)
+    expected = read_picture(path, probe_picture(path), 1, 64, 96)[0].astype(int)
+    assert np.abs(np.asarray(image_of(path, monkeypatch)).astype(int) - expected).max() <= 1
+
+
+def test_an_image_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in (b"text", saved("RGB", tmp_path).read_bytes()[:300]):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(SystemExit):
+            image_of(tmp_path / "bad.png", monkeypatch)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"inference.py: error: --image {tmp_path / 'bad.png'}: ")
+
+
 def test_a_result_without_a_block_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model / "transformer", tmp_path / "transformer")
     (path,) = (tmp_path / "transformer").glob("*.safetensors")
@@ -292,14 +344,7 @@ def test_an_image_of_another_shape_is_fitted_as_clips_are(
     note: str | None,
 ) -> None:
     Image.new("RGB", (64, 96)).save(tmp_path / "red.png")
-    tree = ast.parse(code_of(tmp_path, ImageToVideo, PLAIN, "--video_reshape_mode", mode))
-    end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("pipe = "))
-    image = ast.unparse(next(k.value for k in calls(tree, "pipe").keywords if k.arg == "image"))
-    tree.body = tree.body[:end]
-    monkeypatch.setattr("sys.argv", ["inference.py", "a cat", str(tmp_path / "red.png"), *arguments])
-    variables: dict[str, Any] = {"__file__": "inference.py"}
-    exec(compile(tree, "inference.py", "exec"), variables)
-    assert variables[image].size == size
+    assert image_of(tmp_path / "red.png", monkeypatch, *arguments, mode=mode).size == size
     said = capsys.readouterr().out
     assert said.startswith(f"--image {tmp_path / 'red.png'}: {note}") if note else not said
 

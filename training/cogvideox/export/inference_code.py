@@ -80,11 +80,25 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.utils.export_utils import encode_video
 {image_code}'''
 
-SCRIPT_IMAGE = """
+SCRIPT_IMAGE = """from PIL import Image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    \"""Converts an image as training does: to the upper 8 of 16 bits, and on black where it is transparent.\"""
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return image.convert("RGB")
+
 
 {function}
 
-image = diffusers.utils.load_image(str(args.image))
+try:
+    image = diffusers.utils.load_image(str(args.image), to_rgb)
+except (OSError, ValueError) as error:
+    parser.error(f"--image {{args.image}}: {{error}}")
 image, note = fit_image(image, args.width, args.height, crop={crop}, tolerance={tolerance})
 if note:
     print(f"--image {{args.image}}: {{note}}")
