@@ -19,7 +19,7 @@ from cogvideox.data.media.colors.sdr import CONTAINER_MATRIX, ColorTags, SdrConv
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decode import probe, read_frames
 from cogvideox.data.records import FAILED, ClipRecord
-from cogvideox.preparation.report import TAG_COMMAND, color_notes
+from cogvideox.preparation.report import color_notes, tag_command
 
 LEVELS = 5  # of 255: the largest allowed difference in any channel of any pixel of a smooth picture
 MEAN = 0.75
@@ -165,20 +165,20 @@ def planned(path: Path) -> ClipRecord:
     return plan_clip(path, ClipRecipe((Bucket(1, 32, 48),), RATE, "middle", 0, 0, "none", 0.0, 1, 0))
 
 
-def large() -> bytes:
-    """Returns a 720p picture in h264 without a color matrix."""
-    return encode("mp4", frames=[np.full((720, 1280, 3), (200, 60, 40), np.uint8)], options={"preset": "ultrafast"})
+def large(codec: str = "libx264") -> bytes:
+    """Returns a 720p picture without a color matrix."""
+    return encode("mp4", codec, [np.full((720, 1280, 3), (200, 60, 40), np.uint8)] * 3)
 
 
-def matrix_named(data: bytes) -> bytes:
-    """Returns what TAG_COMMAND makes of an mp4."""
-    name, options = TAG_COMMAND.split("-bsf:v ")[1].split(" ")[0].split("=", 1)
+def matrix_named(data: bytes, codec: str) -> bytes:
+    """Returns what the command for a codec makes of an mp4."""
+    filter_ = tag_command(codec).split("-bsf:v ")[1].split(" ")[0]
 
     def fill(output: Any) -> None:
         with av.open(io.BytesIO(data)) as source:
             stream = source.streams.video[0]
             out = output.add_stream_from_template(stream)
-            filters = av.bitstream.BitStreamFilterContext(f"{name}={options}", stream, out)
+            filters = av.bitstream.BitStreamFilterContext(filter_, stream, out)
             for packet in source.demux(stream):
                 for filtered in filters.filter(packet if packet.size else None):
                     filtered.stream = out
@@ -187,23 +187,29 @@ def matrix_named(data: bytes) -> bytes:
     return written("mp4", fill)
 
 
-def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("encoder", "codec"), [("libx264", "h264"), ("libx265", "hevc"), ("libvpx-vp9", "vp9")])
+def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: Path, encoder: str, codec: str) -> None:
     """bt601 is assumed for all sizes. Players assume it for standard definition too, so nothing is printed for that."""
     small = planned(placed(tmp_path, plain()))
     assert small.probed.matrix_is_assumed
     assert list(color_notes([small])) == []
-    path = placed(tmp_path, large())
+    path = placed(tmp_path, large(encoder))
     record = planned(path)
     (line,) = color_notes([record, small])
     assert line.startswith("1 clip is of 720p or more without a color matrix: bt601 is assumed, as by decord")
+    assert line.endswith(f"so name that: {tag_command(codec)}")
     assumed = read_frames(path, probe(path), [0], 32, 32)[0, 16, 16].astype(int)
-    path.write_bytes(matrix_named(path.read_bytes()))
+    path.write_bytes(matrix_named(path.read_bytes(), codec))
     record = planned(path)
     assert not record.probed.matrix_is_assumed
     assert list(color_notes([record])) == []
     changed = read_frames(path, probe(path), [0], 32, 32)[0, 16, 16].astype(int)
     assert np.abs(changed - assumed).max() > 5
     assert np.abs(assumed - (200, 60, 40)).max() <= 3  # the encoder used bt601 without a tag, as many do
+
+
+def test_the_command_encodes_again_where_no_filter_names_the_matrix() -> None:
+    assert tag_command("mpeg4") == "`ffmpeg -i IN -vf setparams=colorspace=bt709 OUT` (mpeg4)"
 
 
 def test_one_line_counts_what_is_converted(tmp_path: Path) -> None:

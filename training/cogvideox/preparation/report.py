@@ -36,8 +36,12 @@ from cogvideox.preparation.unusable import UnusableClips, allowing, skipped_note
 TRIED = 3  # clips to time
 LEAST_SHARE = 0.1  # of a clip; a note says so if less is trained on
 LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
-# For HEVC, the filter is hevc_metadata.
-TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"
+# FFmpeg's filters that name bt709 in a file without encoding it again, by codec.
+TAG_FILTERS = {
+    "h264": "h264_metadata=matrix_coefficients=1",
+    "hevc": "hevc_metadata=matrix_coefficients=1",
+    "vp9": "vp9_metadata=color_space=bt709",
+}
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 
 
@@ -272,10 +276,18 @@ def color_notes(records: Records) -> Iterator[str]:
     if wide:
         yield f"{plural(wide, 'clip is', 'clips are')} SDR with colors of bt2020 or P3: converted to bt709"
     untagged = [source for source in sources if source.matrix_is_assumed]
-    large = sum(min(source.height, source.width) >= LARGE for source in untagged)
+    large = [source.codec for source in untagged if min(source.height, source.width) >= LARGE]
     if large:
-        rule = f"{plural(large, 'clip is', 'clips are')} of {LARGE}p or more without a color matrix: bt601 is assumed, "
-        yield f"{rule}as by decord; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
+        number = plural(len(large), "clip is", "clips are")
+        rule = f"{number} of {LARGE}p or more without a color matrix: bt601 is assumed, as by decord"
+        commands = " or ".join(map(tag_command, sorted(set(large))))
+        yield f"{rule}; if a player shows other colors, it assumes bt709, so name that: {commands}"
+
+
+def tag_command(codec: str) -> str:
+    """Returns the command that names bt709 in a file of a codec."""
+    how = f"-c copy -bsf:v {TAG_FILTERS[codec]}" if codec in TAG_FILTERS else "-vf setparams=colorspace=bt709"
+    return f"`ffmpeg -i IN {how} OUT` ({codec})"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:
