@@ -8,9 +8,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
 
 import pytest
 from running import LORA_SCRIPT, equal, finish, lora_flags, losses, python, start, train, weights
+
+from cogvideox.errors import UsageError
+from cogvideox.loop import explain_machine_errors
 
 SHORT = ("--load_tensors", "--max_train_steps", 2, "--dataloader_num_workers", 2)
 ODD = "a folder, with 'quotes', ünïcode & $HOME \U0001f407"
@@ -68,3 +73,31 @@ def test_a_clock_that_jumps(
     assert train(lora_flags(model, tensors, tmp_path / "lora", *SHORT, "--dataloader_num_workers", 0)) == 0
     assert losses(tmp_path / "lora") == losses(usual)
     assert equal(weights(tmp_path / "lora"), weights(usual))
+
+
+NO_COMPILER = (
+    (RuntimeError, "Failed to find C compiler. Please specify via CC environment variable"),
+    (RuntimeError, "SubprocException: Traceback\n  RuntimeError: Failed to find C compiler. Please specify"),
+    (CalledProcessError, 1, ["/usr/bin/gcc", "/tmp/main.c", "-shared"]),
+    (CalledProcessError, 1, ["c++", "/tmp/main.cpp"]),
+)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [(kind, arguments) for kind, *arguments in NO_COMPILER])
+def test_a_compiler_that_a_gpu_needs_is_named(kind: Any, arguments: list[Any]) -> None:
+    with pytest.raises(UsageError, match=r"^torch\.compile fails: .*; it needs") as caught, explain_machine_errors():
+        raise kind(*arguments)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"^CUDA error$"), explain_machine_errors():
+        raise RuntimeError("CUDA error")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("flags: blocks that are to be compiled on a machine without a compiler")
+def test_without_a_compiler_a_run_says_what_to_install(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", *SHORT, "--compile_blocks", "yes")
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels"), "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    said = finish(start(python(LORA_SCRIPT, *flags), PATH=str(tmp_path), **caches), 2)
+    assert "Traceback" not in said
+    assert "torch.compile fails: " in said
+    assert "; it needs a C++ compiler and the headers of Python, as from apt-get install g++ python3-dev" in said

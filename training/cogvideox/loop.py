@@ -12,6 +12,7 @@ The loop never waits for the device within a step. Losses and norms are copied t
 written to metrics.jsonl when they arrive.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -85,6 +87,8 @@ from cogvideox.runtime.trackers import log_media, start_trackers
 
 # After this many steps everything is compiled and all memory is allocated, so step times can be measured.
 STEADY_STEPS = 6
+# How torch.compile and Triton say that there is no C++ compiler, or that it fails, as without the headers of Python.
+NO_COMPILER = re.compile(r".*(No working C\+\+ compiler|Failed to find C compiler|Command '\['\S*(cc|clang|\+\+)').*")
 
 
 @dataclass(frozen=True)
@@ -677,7 +681,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
     run.startup.done("plan")
-    with explain_memory_errors():
+    with explain_machine_errors():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         run.startup.done("block check")
         trained_blocks = apply_plan(transformer, plan, run.device, run.ranks)
@@ -692,8 +696,8 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
 
 
 @contextmanager
-def explain_memory_errors() -> Iterator[None]:
-    """Turns an out-of-memory error of the device or the host into a UsageError that names the flags to change."""
+def explain_machine_errors() -> Iterator[None]:
+    """Turns an error that memory does not suffice, or that there is no compiler, into a UsageError that names a fix."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -703,3 +707,9 @@ def explain_memory_errors() -> Iterator[None]:
     except MemoryError as error:
         fix = "free some memory, or give --weights_on, --kept_on or --optimizer_state_on device"
         raise UsageError(f"the host's memory does not suffice: {error}; {fix}") from None
+    except (RuntimeError, CalledProcessError) as error:
+        found = NO_COMPILER.search(str(error))
+        if found is None:
+            raise
+        fix = "it needs a C++ compiler and the headers of Python, as from apt-get install g++ python3-dev"
+        raise UsageError(f"torch.compile fails: {found[0].strip()}; {fix}") from None
