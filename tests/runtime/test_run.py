@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,7 +26,15 @@ from cogvideox.files import machine_name
 from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
-from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, lock_output_folder, write_config
+from cogvideox.runtime.run import (
+    LOCK_NAME,
+    METRICS_NAME,
+    RUN_CONFIG_NAME,
+    Metrics,
+    check_type_of_deepspeed,
+    lock_output_folder,
+    write_config,
+)
 
 
 def take(output: Path, *flags: object) -> str | None:
@@ -45,6 +54,18 @@ def test_the_compute_type_is_the_precision_s_whoever_makes_the_steps(
     run = run_alone(tmp_path)
     run.accelerator.state.deepspeed_plugin, run.precision = plugin, precision
     assert run.dtype is {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def test_a_precision_that_deepspeed_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such are fp16 on most CPUs and on some old GPUs. DeepSpeed would raise an error after the model is loaded."""
+    device = SimpleNamespace(is_bf16_supported=lambda: True, is_fp16_supported=lambda: None)
+    library = SimpleNamespace(get_accelerator=lambda: device)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(accelerator=library))
+    monkeypatch.setitem(sys.modules, "deepspeed.accelerator", library)
+    for precision in ("no", "bf16"):
+        check_type_of_deepspeed(precision)
+    with pytest.raises(UsageError, match="fp16: DeepSpeed does not support it on this device; give bf16 or no"):
+        check_type_of_deepspeed("fp16")
 
 
 def test_a_process_has_the_device_that_it_has_on_its_own_machine() -> None:

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -226,8 +227,23 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
         raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
     if plugin is not None:
         plugin.dschf = None  # With it, transformers divides also T5 between the processes under ZeRO-3.
+        check_type_of_deepspeed(precision_of(options.train.mixed_precision))
+        # DeepSpeed uses functions of torch.distributed that torch 2.13 warns about, in every process.
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     check_world(accelerator.num_processes)
     return accelerator
+
+
+def check_type_of_deepspeed(precision: str) -> None:
+    """Raises UsageError if DeepSpeed does not train in this precision on this device; later it would do so itself."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    is_supported = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported(), "no": True}
+    if not is_supported[precision]:
+        others = " or ".join(name for name, supported in is_supported.items() if supported)
+        rule = f"DeepSpeed does not support it on this device; give {others}, or launch without DeepSpeed"
+        raise UsageError(f"--mixed_precision {precision}: {rule}")
 
 
 def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
