@@ -186,6 +186,12 @@ def test_a_link_stays_one() -> None:
     assert "m&#93;(x" in text
 
 
+def test_a_link_keeps_its_query_and_fragment() -> None:
+    target = "https://a.b/c?d=1&e=2#terms"
+    text = card_text(facts(base_license={"license": "other", "license_link": target}))
+    assert target in [token.attrs["href"] for token in tokens(text) if token.type == "link_open"]
+
+
 # -- contents ----------------------------------------------------------------------------------------------------------
 
 

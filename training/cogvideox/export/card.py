@@ -219,7 +219,7 @@ def markdown_link(text: str, target: str) -> str:
     """Returns a link in Markdown, or only the text if the target has a scheme other than https."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", target) and not target.startswith("https://"):
         return escape_markdown(text)
-    return f"[{escape_markdown(text)}]({quote(target, safe='/:?=%')})"
+    return f"[{escape_markdown(text)}]({quote(target, safe='/:?=&#%')})"
 
 
 def heading(facts: Facts) -> str:
