@@ -157,7 +157,7 @@ def test_pixels_that_do_not_convert_are_an_error_of_the_file(monkeypatch: pytest
 def test_decord_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("decord")
     path = placed(tmp_path, video("hlg", codec="libx265"))
-    with pytest.raises(VideoError, match=r"decord does not convert its pixels \(hlg\); use --video_reader pyav"):
+    with pytest.raises(VideoError, match=r"decord does not do what its frames need \(hlg\); use --video_reader pyav"):
         read_frames(path, probe(path), [0], HEIGHT, WIDTH, reader="decord")
 
 

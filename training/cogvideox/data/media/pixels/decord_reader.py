@@ -66,7 +66,7 @@ def read_with_decord(
     assert info.packets is not None
     with errors_naming(path, decord.DECORDError, RuntimeError):
         if info.conversions:
-            raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
+            raise VideoError(f"decord does not do what its frames need ({', '.join(info.conversions)}); {_OTHER}")
         if not (info.packets.stores_pts and info.packets.is_closed):
             raise VideoError(f"decord returns wrong frames of avi and mpegts files and of open GOPs; {_OTHER}")
         if info.packets.num_streams > 1:
