@@ -774,6 +774,15 @@ def test_bad_images_are_listed_and_their_clips_dropped(
     assert len(complete(tiny("5b"), data, tmp_path).samples) == 4
 
 
+def test_a_video_is_not_a_first_frame(tiny: Tiny, clips: Path, data: Path, tmp_path: Path, threads: None) -> None:
+    (image,) = with_images(data, SHAPES[:1])
+    shutil.copy(clips / "videos" / "00000.mp4", image)
+    (record,) = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1).plan()
+    rule = "is a video of 17 frames, but a first frame must be a still image"
+    assert record.status == FAILED
+    assert record.reason == f"{rule}; list an image, or no images to take the first frames of the clips"
+
+
 def test_an_image_that_changes_during_the_preparation_is_skipped_once(
     tiny: Tiny, data: Path, tmp_path: Path, threads: None
 ) -> None:

@@ -152,10 +152,18 @@ def image_request(path: StrPath) -> str:
 
 
 def plan_image(path: StrPath) -> ClipRecord:
-    """Returns the record of a first-frame image, which has no cuts because the cuts of its clip are used."""
-    return _probe_and_plan(
-        path, image_request(path), lambda record, _: replace(record, status=OK, content=content_hash(path))
-    )
+    """Returns the record of a first-frame image, which has no cuts because the cuts of its clip are used.
+
+    A video is refused: its first frame would be taken, although its clip may begin later.
+    """
+
+    def plan(record: ClipRecord, info: VideoInfo) -> ClipRecord:
+        if info.num_frames > 1:
+            rule = f"is a video of {info.num_frames} frames, but a first frame must be a still image"
+            return replace(record, reason=f"{rule}; list an image, or no images to take the first frames of the clips")
+        return replace(record, status=OK, content=content_hash(path))
+
+    return _probe_and_plan(path, image_request(path), plan)
 
 
 def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
