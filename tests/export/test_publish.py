@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import in_hub_cache
 from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -187,6 +190,18 @@ def test_an_extended_run_is_unfinished_until_its_export(
     with pytest.raises(RuntimeError, match="another output"):
         train(lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2))
     assert not (output / RECIPE_NAME).exists()
+
+
+def test_the_command_reads_the_base_model_from_the_folder_of_the_run(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise it would download the model again, or fail without a network."""
+    cache, output = tmp_path / "a cache", tmp_path / "lora"
+    in_hub_cache(cache, "model", model)
+    hub = ("--pretrained_model_name_or_path", "me/model", "--cache_dir", cache)
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1, *hub)) == 0
+    (command,) = re.findall("to use it: (.+)", capsys.readouterr().err)
+    assert shlex.split(command) == [f"HF_HUB_CACHE={cache}", "python", str(output / INFERENCE_NAME)]
 
 
 def test_the_recipe_says_how_it_was_made(reference: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.config.args import config_dict
+from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import saves_pipeline
 from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
@@ -96,10 +97,17 @@ def publish(
             complete = write_pipeline(options.model, task.pipeline, folder / method.result)
             run.say(f"a complete pipeline, for {task.pipeline}.from_pretrained: {complete}")
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
-        run.say(f"finished: {folder / method.result}; to use it: python {quote(str(folder / INFERENCE_NAME))}")
+        run.say(f"finished: {folder / method.result}; to use it: {command_of(options.model, folder / INFERENCE_NAME)}")
         files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
     run.barrier()
     return files
+
+
+def command_of(model: ModelFlags, script: Path) -> str:
+    """Returns the command that makes a video with the base model from the folder that the run has read it from."""
+    cache = model.cache_dir if not Path(model.pretrained_model_name_or_path).is_dir() else None
+    where = f"HF_HUB_CACHE={quote(cache)} " if cache else ""
+    return f"{where}python {quote(str(script))}"
 
 
 def files_of(result: Path) -> list[Path]:
