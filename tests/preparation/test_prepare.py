@@ -953,10 +953,11 @@ def test_all_stages_share_their_worker_processes(
 
 
 def test_flags_of_first_frames_that_are_not_encoded_are_remarked(
-    tiny: Callable[[str], Path], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Callable[[str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--num_image_noise_variants", 2, "--image_column", "videos.txt", "--dry_run")
+    with_images(data, SHAPES)
+    flags = ("--num_image_noise_variants", 2, "--image_column", "images.txt", "--dry_run")
     for more, number in (((), 2), (("--save_image_latents",), 0)):
-        running.prepare(tiny("5b"), clips, tmp_path / "tensors", *flags, *more)
+        running.prepare(tiny("5b"), data, tmp_path / "tensors", *flags, *more)
         found = [line for line in capsys.readouterr().err.splitlines() if "no first frames are encoded" in line]
         assert len(found) == number
