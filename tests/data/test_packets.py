@@ -1,8 +1,10 @@
 """packets.py: files that hold less than their headers say, and frame rates that containers round or store wrongly."""
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 from striped import COUNT, HEIGHT, RATE, WIDTH, encode, picture, read_numbers
 
+from cogvideox.data.media.container.packets import demuxed
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decode import probe, read_frames
 
@@ -130,3 +133,11 @@ def test_damaged_vp8_and_vp9_are_errors(tmp_path: Path, codec: str) -> None:
     path.write_bytes(data)
     with pytest.raises(VideoError, match=r"a\.webm: "):
         read_frames(path, probe(path), range(COUNT), HEIGHT, WIDTH)
+
+
+def test_a_stream_that_begins_late_does_not_make_a_file_unreadable() -> None:
+    def demux(*_: object) -> Iterator[str]:
+        yield from ("a packet", "the end of its stream")
+        raise IndexError("list index out of range")  # as PyAV does for the end of a stream that it did not find
+
+    assert list(demuxed(cast(Any, SimpleNamespace(demux=demux)))) == ["a packet", "the end of its stream"]

@@ -99,7 +99,7 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     packets = _PacketLog(KeyframeHeaders(codec.codec.canonical_name, codec.extradata or b""))
     first: VideoFrame | None = None
     unpack, start = unpacker(stream), 0
-    for packet in container.demux():
+    for packet in demuxed(container):
         packets.note_end(packet)
         if packet.stream_index != stream.index:
             continue
@@ -118,6 +118,16 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     if first is None:
         raise VideoError(f"has no frame that decodes; {AGAIN}")
     return _index(container, stream, packets, (first.height, first.width), stamp), first
+
+
+def demuxed(container: InputContainer, *streams: VideoStream) -> Iterator[Packet]:
+    """Yields the packets of some streams, by default of all, and at the end of the file an empty one for each stream.
+
+    Streams of mpeg, mpegts and flv may begin late, such as subtitles. If there is one that PyAV did not find when it
+    opened the file, PyAV may raise IndexError after all these packets.
+    """
+    with suppress(IndexError):
+        yield from container.demux(*streams)
 
 
 def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:

@@ -33,6 +33,7 @@ from cogvideox.data.media.colors.planes import EXACT_SCALING, plane_array
 from cogvideox.data.media.colors.sdr import UNSPECIFIED, ColorTags, SdrConverter
 from cogvideox.data.media.container.packets import (
     decode_packet,
+    demuxed,
     existing_stamp,
     open_video,
     scan,
@@ -323,7 +324,7 @@ def _frames(
         keyframe: Presentation time of the keyframe at which decoding starts.
         labels: Presentation times of all pictures from here on, where they differ from those of the packets.
     """
-    pictures = itertools.chain.from_iterable(map(unpacker(stream), container.demux(stream)))
+    pictures = itertools.chain.from_iterable(map(unpacker(stream), demuxed(container, stream)))
     for picture, label in itertools.zip_longest(pictures, labels):
         if picture is None:
             return
