@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -141,3 +142,22 @@ def test_a_stream_that_begins_late_does_not_make_a_file_unreadable() -> None:
         raise IndexError("list index out of range")  # as PyAV does for the end of a stream that it did not find
 
     assert list(demuxed(cast(Any, SimpleNamespace(demux=demux)))) == ["a packet", "the end of its stream"]
+
+
+def test_sound_in_the_middle_of_a_dvd_recording(tmp_path: Path) -> None:
+    """FFmpeg looks for streams in the first 5 MB and at the end; it finds this one while packets are read."""
+    rng = np.random.default_rng(0)
+    with av.open(str(tmp_path / "a.vob"), "w", format="vob") as output:
+        video = output.add_stream("mpeg2video", rate=RATE, options={"g": "12", "qmin": "1", "qmax": "2"})
+        video.height, video.width, video.pix_fmt, video.bit_rate = 240, 320, "yuv420p", 20_000_000
+        audio = output.add_stream("mp2", rate=48000, layout="stereo")
+        for number in range(200):  # of 92 KB each
+            output.mux(video.encode(av.VideoFrame.from_ndarray(rng.integers(0, 256, (240, 320, 3), np.uint8))))
+            if 100 <= number < 130:
+                sound = av.AudioFrame.from_ndarray(np.zeros((1, 2304), np.int16), "s16", "stereo")
+                sound.sample_rate, sound.time_base, sound.pts = 48000, Fraction(1, 48000), number * 48000 // RATE
+                output.mux(audio.encode(sound))
+        output.mux([*video.encode(), *audio.encode()])
+    info = probe(tmp_path / "a.vob")
+    assert info.num_frames == 200
+    assert read_frames(tmp_path / "a.vob", info, [0, 80], 24, 32).shape == (2, 24, 32, 3)
