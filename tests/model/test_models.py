@@ -107,10 +107,24 @@ def test_weights_that_do_not_belong_to_their_config_are_refused(
     assert re.fullmatch(f"{re.escape(str(tmp_path / part))}: {names}.*; get the folder again", str(caught.value))
 
 
-def test_a_file_that_is_cut_off_is_named(own: Path) -> None:
-    (own / VAE).write_bytes((own / VAE).read_bytes()[:-100])
-    with pytest.raises(UsageError, match=f"^{re.escape(str(own / 'vae'))}: cannot be loaded .*; get the folder again$"):
-        models.load_weights(AutoencoderKLCogVideoX, flags(own), "vae", torch.float32)
+@pytest.mark.parametrize("size", [-100, 20, 0])
+@pytest.mark.parametrize("read", [models.stored_dtype, models.weight_fingerprint])
+def test_a_file_of_a_hub_model_that_is_cut_off_is_named(
+    own: Path, tmp_path: Path, read: Callable[[ModelFlags, str], str], size: int
+) -> None:
+    in_hub_cache(tmp_path / "cache", "x", own)
+    (path,) = (tmp_path / "cache").glob(f"*/snapshots/*/{VAE}")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UsageError, match=f"^{re.escape(str(path))}: is damaged or incomplete .*; download this file"):
+        read(ModelFlags("me/x", cache_dir=str(tmp_path / "cache")), "vae")
+
+
+def test_an_exported_file_that_is_cut_off_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("5b") / "transformer", tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=f"^{re.escape(str(tmp_path / 'out'))}: cannot be loaded .*; get the folder"):
+        models.load_complete(CogVideoXTransformer3DModel, tmp_path / "out", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])

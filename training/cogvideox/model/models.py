@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
-from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, download_fix, missing_files
+from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, damaged_files, download_fix, missing_files
 from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.files import disk_errno
 from cogvideox.model import t5_stream, vae_encoder
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names of the types
 LAYER = re.compile(r"\.\d+\.")  # in the names of the weights of numbered layers
-SHARDS = re.compile(r"-of-(\d+)\.safetensors$")  # their number, in the name of each
 SAMPLES, SAMPLE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
 T5_MARGIN = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
@@ -91,19 +90,18 @@ def has_weights(model: ModelFlags, part: str) -> bool:
     if not folder.is_dir():
         return False
     try:
-        files = weight_files(model, part)
+        weight_files(model, part)
     except UsageError:
         return False
-    numbered = SHARDS.search(files[0].name)
-    return len(files) == int(numbered[1] if numbered else 1) and not any(missing_files(folder))
+    return not any(missing_files(folder))
 
 
 def weight_files(model: ModelFlags, part: str) -> list[Path]:
     """Returns the safetensors files of a part, of the variant that --variant names.
 
     Raises:
-        UsageError: There are no such files, or some are missing, as in the cache of the hub after an interrupted
-            download, if there is no network.
+        UsageError: There are no such files, one is damaged, or some are missing, as in the cache of the hub after an
+            interrupted download, if there is no network.
     """
     files = sorted(part_folder(model, part).glob("*.safetensors"))
     variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
@@ -118,6 +116,8 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     total = max((int(match[1]) for match in numbered if match), default=1)
     if len(chosen) < total:
         raise UsageError(f"{name}: {part} has {len(chosen)} of {total} weight files; {fix}")
+    if damaged := list(damaged_files(chosen)):  # the files of a hub model were not there when the flags were checked
+        raise UsageError(damaged)
     return chosen
 
 
