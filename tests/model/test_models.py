@@ -179,7 +179,9 @@ def test_tensor_entries_are_those_of_the_library(own: Path) -> None:
 def test_variant_files(tmp_path: Path, variant: str | None, chosen: list[str]) -> None:
     (tmp_path / "vae").mkdir()
     names = [f"model{part}-0000{k}-of-00002.safetensors" for part in ("", ".fp16") for k in (1, 2)]
-    for name in (*names, "model.bf16.safetensors", "config.json", "model.safetensors.index.json", "model.bin"):
+    for name in (*names, "model.bf16.safetensors"):
+        save_file({}, tmp_path / "vae" / name)
+    for name in ("config.json", "model.safetensors.index.json", "model.bin"):
         (tmp_path / "vae" / name).touch()
     assert [path.name for path in models.weight_files(flags(tmp_path, variant), "vae")] == chosen
 
