@@ -251,11 +251,10 @@ def rounded_root(share: Tensor, roots: int, codes: float, noise: Tensor) -> Tens
 
 
 def hashed(step: Tensor, *values: Tensor) -> Tensor:
-    """Returns random bits, int32, that depend on a step and on all bits of fp32 values, except the sign of a zero."""
+    """Returns random bits, int32, that depend on a step and on all bits of fp32 values."""
     bits = step.to(torch.int32)
     for value in values:
-        # A gradient of -0 stays -0 on the host, but becomes 0 on the device, where it is added to zeros.
-        bits = (bits ^ torch.where(value == 0, 0, value.view(torch.int32))) * MIXERS[0]
+        bits = (bits ^ value.view(torch.int32)) * MIXERS[0]
         bits = (bits ^ ((bits >> LOW_BITS) & LOW_MASK)) * MIXERS[1]
         bits = bits ^ ((bits >> LOW_BITS) & LOW_MASK)
     return bits
@@ -276,7 +275,8 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
     """
     divisor, decay, rate, bias, skipped, step = scalars.unbind()
     master, (first, second) = read_master(weight, state), read_moments(state)
-    found = gradient.float() / divisor
+    # A gradient of -0 stays -0 on the host, but becomes 0 on the device, where it is added to zeros.
+    found = torch.where(gradient == 0, 0.0, gradient.float() / divisor)
     if not adam.decoupled:
         found = found.add(master, alpha=adam.weight_decay)
     new_first = first.lerp(found, 1 - adam.beta1)
