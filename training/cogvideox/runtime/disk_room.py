@@ -172,14 +172,14 @@ def seconds_to_write(run: "Run", num_bytes: int, shared: bool = False) -> float:
         shared: Whether every rank writes its part of each file; see ``Engine.shares_files``.
     """
     size = max(run.world, min(num_bytes, PROBE_LIMIT))
-    part = shard_of(run, size) if shared else Shard(random_bytes(size * run.is_main), torch.Size([size]))
+    content = random_bytes(size)
     probe = run.from_main(temporary_of(run.output_dir / "probe"))  # here all ranks wait for each other
     start = time.monotonic()
     try:
         if shared:
-            write_shards(probe, {"probe": part}, run.is_main, run.gather_or_raise)
+            write_shards(probe, {"probe": shard_of(run, content)}, run.is_main, run.gather_or_raise)
         elif run.is_main:
-            write_tensors(probe, pieces_of({"probe": part.local}))
+            write_tensors(probe, pieces_of({"probe": content}))
             fsync(probe)
         if run.is_main:  # which verifies each file
             with open(probe, "rb") as file:
@@ -190,10 +190,11 @@ def seconds_to_write(run: "Run", num_bytes: int, shared: bool = False) -> float:
     return run.from_main((time.monotonic() - start) * num_bytes / size)
 
 
-def shard_of(run: "Run", size: int) -> Shard:
-    """Returns this rank's part of a tensor of ``size`` bytes that all ranks write."""
+def shard_of(run: "Run", content: torch.Tensor) -> Shard:
+    """Returns this rank's part of a tensor of bytes that all ranks write."""
+    size = len(content)
     first, end = (size * rank // run.world for rank in (run.ranks.process_index, run.ranks.process_index + 1))
-    return Shard(random_bytes(end - first), torch.Size([size]), first)
+    return Shard(content[first:end], content.shape, first)
 
 
 def random_bytes(size: int) -> torch.Tensor:
