@@ -1,7 +1,8 @@
 """Recognizes second fields of interlaced h264, which camcorders and broadcasters store in packets of their own.
 
-A field has every other line of a picture. Each picture of such a video is coded either as a frame or as two fields,
-which the decoder puts together; it is shown at the time of the first one. ``FieldPairs`` turns packets into pictures.
+A field has every other line of a picture. Such a video codes some pictures as one frame, and others as two fields. The
+decoder puts two fields together, and their picture is shown at the time of the first field. ``FieldPairs`` turns
+packets into pictures.
 Only headers are read, as ITU-T H.264 defines them in 7.3.
 """
 
