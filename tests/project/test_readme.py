@@ -10,6 +10,7 @@ import bench
 import guide_memory
 import pytest
 import record
+import small_card
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from running import ROOT
@@ -209,7 +210,7 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    benchmarks = bench.build_parser(), guide_memory.build_parser()
+    benchmarks = bench.build_parser(), guide_memory.build_parser(), small_card.build_parser()
     for parser in (*benchmarks, launch_command_parser(), get_args_parser()):
         known |= set(parser._option_string_actions)
     known |= INFERENCE_FLAGS
@@ -245,6 +246,25 @@ def test_the_small_card_is_what_was_measured() -> None:
     peak, reserved = (max(step[name] for step in row["steps"]) for name in ("peak_gib", "reserved_gib"))
     line = BENCHMARKS.partition("`benchmarks/small_card.py`")[2].splitlines()[1]
     assert all(text in line for text in (f"{row['gib']:.0f} GiB", f"{seconds:.2f} s", f"{peak:.1f}", f"{reserved:.1f}"))
+
+
+def test_the_run_within_64_gib_is_what_was_measured() -> None:
+    row = json.loads((RESULTS / "small_card_5b_sft_host_64_killed.json").read_text())
+    assert row["status"] == 0
+    assert row["verification"]["max_difference"] == 0
+    seconds = sorted(step["seconds"] for step in row["steps"])[len(row["steps"]) // 2]
+    peak = max(step["peak_gib"] for step in row["steps"])
+    text = " ".join(BENCHMARKS.partition("Training all weights of 5b within")[2].partition("\n\n")[0].split())
+    waited = [line.partition("training waited ")[2].split()[0] for line in row["said"] if "training waited" in line]
+    claims = (
+        f"{row['gib']:.0f} GiB and {row['host_gib']:.0f} GiB of host memory",
+        f"{seconds:.2f} s a step and {peak:.1f} GiB",
+        f"at least {row['group_left_gib'] // 0.1 / 10:.1f} GiB of host memory",
+        f"killed after step {row['killed_after']}, resumed from step {row['resumed_from']}",
+        *(f"training waited {number} s" for number in waited),
+    )
+    assert len(waited) == 2
+    assert [claim for claim in claims if claim not in text] == []
 
 
 def bench_row(name: str) -> tuple[float, float, float | None]:
