@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import HeldOut
 from cogvideox.optimizer.adam import Adam, split
+from cogvideox.optimizer.adam_weights import Group, Masters
 from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
 from cogvideox.optimizer.step import MasterWeights
@@ -246,3 +247,14 @@ def test_another_decay_is_another_run(model: Path, tensors: Path, averaged: Path
 
 def test_off_by_default() -> None:
     assert not options_of(Path("x")).loss.use_ema
+
+
+def test_the_average_of_weights_without_masters_is_where_the_weights_are() -> None:
+    """Also if their moments are on the host. Here the meta device stands for a GPU."""
+    device = torch.device("meta")
+    params = {"weight": Parameter(torch.zeros(16, 16, dtype=torch.bfloat16, device=device))}
+    adam = Adam(0.9, 0.999, 1e-8, 0.0, decoupled=True, masters=False)
+    group = Group(params, adam, device, state_on_host=True)
+    assert {array.device.type for array in group.arrays.values()} == {"cpu"}
+    assert Ema(params, Masters({"weight": group}), 0.5).averages["weight"].device == device
+    assert adam.weight_is_master(torch.bfloat16)

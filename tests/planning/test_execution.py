@@ -502,12 +502,19 @@ def test_the_error_names_the_flag_with_which_state_is_not_sharded(
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [((), (8, 8, 0)), (("--use_ema",), (12, 8, 4)), (("--use_8bit",), (2 + 8 / 256, 2 + 8 / 256, 0))],
+    ("flags", "dtype", "expected"),
+    [
+        ((), torch.float32, (8, 0, True)),
+        (("--use_ema",), torch.bfloat16, (10, 4, False)),
+        (("--use_ema",), torch.float16, (12, 4, False)),
+        (("--use_ema", "--use_stochastic_rounding", "--mixed_precision", "bf16"), torch.bfloat16, (8, 4, True)),
+        (("--use_8bit",), torch.float32, (2 + 8 / 256, 0, True)),
+    ],
 )
 def test_bytes_of_optimizer_state_per_element(
     flags: tuple[str, ...],
-    expected: tuple[float, float, int],
+    dtype: torch.dtype,
+    expected: tuple[float, int, bool],
     model: Path,
     tensors: Path,
     tmp_path: Path,
@@ -516,10 +523,10 @@ def test_bytes_of_optimizer_state_per_element(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, "--optimizer", "adamw", *flags), ())
     transformer = load_transformer(options.model, torch.float32)
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, world=1)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=dtype, world=1)
     geometry = read_geometry(options.model)
     sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
-    assert (sizes.state_bytes, sizes.moving_bytes, sizes.average_bytes) == expected
+    assert (sizes.state_bytes, sizes.average_bytes, sizes.average_follows_weight) == expected
     assert sizes.ranks == 2
 
 

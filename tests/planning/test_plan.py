@@ -184,7 +184,7 @@ def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
         assert saved == pytest.approx((stored / 2 - 0.1) * LORA.block_bytes)
 
 
-@pytest.mark.parametrize("sizes", [LORA, replace(SFT, sum_bytes=4), replace(SFT, average_bytes=4, state_bytes=14)])
+@pytest.mark.parametrize("sizes", [LORA, replace(SFT, sum_bytes=4), replace(SFT, average_bytes=4)])
 def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -> None:
     kinds = mixtures(PRESETS["auto"], sizes)
     every = np.stack([*kinds.values()], axis=1)
@@ -249,7 +249,7 @@ def test_memory_of_a_streamed_base_and_an_average() -> None:
     here = replace(LORA, mapped=True, ranks=4)  # the processes of a machine have one copy
     assert costs(lean, HOST, replace(here, ranks=1)).host_bytes - costs(lean, HOST, here).host_bytes == weights * 3 // 4
     resident = {BlockPlan(keep="attention"): 42}
-    with_average = replace(LORA, state_bytes=LORA.state_bytes + 4)
+    with_average = replace(LORA, average_bytes=4)
     assert (
         costs(resident, DEVICE, with_average).peak_bytes - costs(resident, DEVICE, LORA).peak_bytes == 4 * LORA.trained
     )
@@ -312,11 +312,31 @@ def test_a_plan_says_how_much_host_memory_it_leaves() -> None:
 
 
 def test_an_average_on_the_host_prevents_overlap() -> None:
-    averaged = replace(SFT, state_bytes=14, average_bytes=4)
+    averaged = replace(SFT, average_bytes=4)
     here = {BlockPlan(HOST, "attention", HOST, DEVICE): 42}
     assert seconds(LEAN, HOST, averaged, FAST) > seconds(LEAN) + 0.2
     assert costs(LEAN, HOST, averaged).all_copied_bytes == costs(LEAN).all_copied_bytes
     assert costs(here, HOST, averaged).peak_bytes - costs(here).peak_bytes == 4 * 42 * SFT.block_trained
+
+
+@pytest.mark.parametrize(
+    ("weights", "state", "follows", "on_device"),
+    [
+        (HOST, HOST, False, 0),
+        (HOST, DEVICE, False, 42 * SFT.block_trained),
+        (DEVICE, HOST, False, 0),
+        (DEVICE, HOST, True, SFT.all_trained),
+        (HOST, HOST, True, SFT.trained),
+    ],
+)
+def test_averages_take_memory_where_masters_are_and_are_not_pinned(
+    weights: str, state: str, follows: bool, on_device: int
+) -> None:
+    kinds = {BlockPlan(weights, "attention", HOST, state): 42}
+    averaged = costs(kinds, sizes=replace(SFT, average_bytes=4, average_follows_weight=follows))
+    assert averaged.peak_bytes - costs(kinds).peak_bytes == 4 * on_device
+    assert averaged.host_bytes - costs(kinds).host_bytes == 4 * (SFT.all_trained - on_device)
+    assert averaged.pinned_bytes == costs(kinds).pinned_bytes
 
 
 def test_state_on_the_device_does_not_depend_on_where_weights_are() -> None:

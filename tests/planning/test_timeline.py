@@ -19,6 +19,7 @@ from timed_streams import taking, timed
 from tiny_transformers import arguments_of, make_trainable, make_with_lora
 
 from cogvideox.optimizer.adam import Adam
+from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights
 from cogvideox.planning.choice import mixture
 from cogvideox.planning.costs import Costs
@@ -129,6 +130,21 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
     expected, expected_pinned = predicted(make_with_lora, kinds, state, 1, seconds)
     assert expected == pytest.approx(real, abs=tolerance)
     assert expected_pinned == pytest.approx(pinned, rel=0.02)
+
+
+@pytest.mark.parametrize("made", [make_with_lora, make_trainable])
+def test_an_average_on_the_host_is_not_pinned(made: Callable[..., Any]) -> None:
+    """The host memory of a step with an average is what the costs say: that of pinned buffers, and the averages."""
+    with pytest.MonkeyPatch.context() as patch, timed(patch, RATE) as clock:
+        transformer, _, masters = engine_of(patch, made, {AWAY: BLOCKS}, HOST, 1)
+        ema = Ema(masters.parameters, masters.named_masters(), 0.9)
+        make_step(transformer, masters, 1)
+        ema.update(torch.zeros(()))
+        pinned, averages = clock.host_bytes, sum(average.nbytes for average in ema.averages.values())
+    sizes = replace(sizes_of(transformer, 1), average_bytes=4, mapped=True)
+    costs = Costs({AWAY: BLOCKS}, HOST, False, sizes)
+    assert costs.pinned_bytes == pytest.approx(pinned, rel=0.02)
+    assert costs.host_bytes - costs.pinned_bytes == pytest.approx(averages, rel=0.05)
 
 
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])

@@ -88,6 +88,10 @@ class Adam:
         """Returns whether steps of weights of a type are rounded at random, because they have no masters."""
         return weight == torch.bfloat16 and not self.masters
 
+    def weight_is_master(self, weight: torch.dtype) -> bool:
+        """Returns whether weights of a type have no master besides."""
+        return weight == torch.float32 or self.rounds_at_random(weight)
+
     def state_types(self, weight: torch.dtype) -> dict[str, torch.dtype]:
         """Returns the type of each array of state by name, for weights of a type; scales have one number a group."""
         master: dict[torch.dtype, dict[str, torch.dtype]] = {

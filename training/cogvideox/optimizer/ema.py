@@ -6,7 +6,7 @@
 TensorFlow's and diffusers' EMA warm up in the same way: the average covers about the last ninth of the steps so far,
 until it reaches the length that --ema_decay sets. n is counted on the device, so the host need not know whether a step
 was skipped. If the masters are stored on the host, so are the averages; then each update waits for the device, because
-the weight 1 - d_n is computed there.
+the weight 1 - d_n is computed there. An average of weights without masters is where the weights are.
 """
 
 from collections.abc import Iterator, Mapping

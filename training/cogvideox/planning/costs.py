@@ -1,7 +1,8 @@
 """Predicts the memory of every mixture of blocks; timeline.py predicts the seconds from the same table of bytes.
 
-A block has four parts: its weights, the activations that forward saves for backward, its gradients and its optimizer
-state (``parts``). A plan says for each part whether it is on the device or on the host. Two readings follow:
+A block has five parts: its weights, the activations that forward saves for backward, its gradients, its optimizer
+state, and the average of its weights (``parts``). A plan says for each part whether it is on the device or on the host.
+Two readings follow:
 
     what is on the device or on the host  --> memory: ``peak_bytes``, ``pinned_bytes``, ``host_bytes``
     what is on the host and needed on the device, or made there  --> copies: ``all_copied_bytes`` and timeline.py
@@ -28,7 +29,7 @@ from cogvideox.memory.streaming import IN_FLIGHT, STAGES, TRANSFER_SLOTS, WEIGHT
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
 
-WEIGHTS, SAVED, GRADIENTS, STATE = "weights", "saved", "gradients", "state"
+WEIGHTS, SAVED, GRADIENTS, STATE, AVERAGE = "weights", "saved", "gradients", "state", "average"
 # By compiled and level: the units that a block's backward pass needs in addition to its saved activations.
 WORKSPACE_UNITS = {
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
@@ -83,11 +84,14 @@ class Costs:
         """Returns the place and the bytes of each part of one block."""
         sizes = self.sizes
         gradient = sizes.sum_bytes if kind.weights == HOST else sizes.device_gradient_bytes
+        state = kind.state or self.state
+        average = kind.weights if sizes.average_follows_weight else state
         return {
             WEIGHTS: (kind.weights, sizes.block_bytes),
             SAVED: (kind.kept, sizes.kept_bytes(kind.keep)),
             GRADIENTS: (kind.weights, sizes.block_trained * gradient),
-            STATE: (kind.state or self.state, sizes.block_trained * sizes.state_bytes),
+            STATE: (state, sizes.block_trained * sizes.state_bytes),
+            AVERAGE: (average, sizes.block_trained * sizes.average_bytes),
         }
 
     def held(self, place: str, *parts: str) -> Numbers:
@@ -109,15 +113,16 @@ class Costs:
         outside = self.sizes.trained * self.sizes.state_bytes if self.state == place else 0
         return self.held(place, STATE) + outside
 
-    @cached_property
-    def moved_state(self) -> Numbers:
-        """Returns the bytes of optimizer state that pass through the device in a step; averages do not."""
-        return self.state_at(HOST) * (self.sizes.moving_bytes / self.sizes.state_bytes)
+    def average_at(self, place: str) -> Numbers:
+        """Returns the bytes of averages at a place: of blocks, and of what else is trained."""
+        here = DEVICE if self.sizes.average_follows_weight else self.state
+        outside = self.sizes.trained * self.sizes.average_bytes if here == place else 0
+        return self.held(place, AVERAGE) + outside
 
     @cached_property
     def all_copied_bytes(self) -> Numbers:
         """Returns the bytes by which equally fast plans are compared: of weights, activations, gradients and state."""
-        return self.held(HOST, WEIGHTS, SAVED, GRADIENTS) + self.held(HOST, GRADIENTS) + self.moved_state
+        return self.held(HOST, WEIGHTS, SAVED, GRADIENTS) + self.held(HOST, GRADIENTS) + self.state_at(HOST)
 
     @cached_property
     def ends_units(self) -> float:
@@ -136,7 +141,8 @@ class Costs:
         sizes = self.sizes
         outside = sizes.rest_bytes + sizes.trained * (sizes.item_bytes + sizes.device_gradient_bytes)
         slots = np.minimum(WEIGHT_SLOTS, self.streamed) * sizes.block_bytes
-        stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + self.state_at(DEVICE)
+        state = self.state_at(DEVICE) + self.average_at(DEVICE)
+        stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + state
         dequantized = round(sizes.matrix_bytes * DEQUANTIZED_SHARE[self.compiled])
         backward = self.activation_bytes + self.gradient_bytes + dequantized
         return stored + largest(backward, self.forward_bytes, self.complete_sample_bytes)
@@ -194,7 +200,7 @@ class Costs:
         """Returns the device bytes of the optimizer's transfer slots."""
         gradients = self.held(HOST, GRADIENTS)
         count = TRANSFER_SLOTS if self.sizes.block_trained else STAGES
-        return count * np.minimum(RANGE_BYTES, self.moved_state + gradients)
+        return count * np.minimum(RANGE_BYTES, self.state_at(HOST) + gradients)
 
     @cached_property
     def sharded_peak_bytes(self) -> Numbers:
@@ -207,7 +213,7 @@ class Costs:
         sizes = self.sizes
         rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
         gathered = sizes.trained * sizes.item_bytes
-        kept = sizes.rest_bytes + rows * sizes.state_bytes + gathered
+        kept = sizes.rest_bytes + rows * (sizes.state_bytes + sizes.average_bytes) + gathered
         blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
         start = self.activation_bytes + (4 * rows if sizes.passes > 1 else 0)
         work = round((WORKSPACE_UNITS[self.compiled]["attention"] + self.ends_units) * sizes.unit_bytes)
@@ -229,7 +235,8 @@ class Costs:
         share = sizes.all_trained // sizes.shards
         weights = sizes.rest_bytes + sizes.blocks * sizes.block_bytes + sizes.trained * sizes.item_bytes
         bucket = min(ZERO_BUCKET, sizes.all_trained)
-        stored = weights + (share - sizes.rows_on_host) * sizes.state_bytes + bucket * sizes.item_bytes
+        state = (share - sizes.rows_on_host) * (sizes.state_bytes + sizes.average_bytes)
+        stored = weights + state + bucket * sizes.item_bytes
         backward = self.activation_bytes
         if not sums_gradients(sizes.shards, sizes.passes, sizes.shards_on_host):
             return stored + backward  # each gradient is copied to the host in the compute type
@@ -261,5 +268,6 @@ class Costs:
         # The export loads all trained weights again. A checkpoint needs no further memory: where there is no room for a
         # copy (runtime/background.py), it is written tensor by tensor.
         exported = sizes.blocks * sizes.block_bytes // sizes.ranks if sizes.block_trained and not sizes.mapped else 0
-        moments = sizes.rows_on_host * (sizes.state_bytes - 4)
-        return self.pinned_bytes + moments - loaded + exported
+        # What a device never copies is not pinned: averages, and the moments of rows.
+        unpinned = self.average_at(HOST) + sizes.rows_on_host * (sizes.state_bytes + sizes.average_bytes - 4)
+        return self.pinned_bytes + unpinned - loaded + exported

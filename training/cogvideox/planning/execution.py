@@ -48,6 +48,7 @@ from cogvideox.model.attention import CPU, attend, attend_backward, choose_backe
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
 from cogvideox.model.sequence import SequenceGroup, to_heads
+from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.step import gradients_are_sums, rule_of, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
@@ -169,7 +170,7 @@ def choose(
     # recomputing them, and pinning the memory took 20 s. So it is only for what does not fit otherwise.
     here = replace(on_device, kept=(plan.DEVICE,)) if plan.DEVICE in axes.kept else on_device
     # Shards are in fp32: masters and moments of 12 bytes, and gradients of 4 bytes.
-    in_rows = replace(sizes, state_bytes=SHARDED_STATE_BYTES + sizes.average_bytes)
+    in_rows = replace(sizes, state_bytes=SHARDED_STATE_BYTES)
     sharded = replace(in_rows, shards=shards, shards_on_host=fsdp_offloads())
     if under_deepspeed():
         offloads = offload_device("offload_optimizer") == "cpu"
@@ -226,10 +227,12 @@ def sizes_from_options(
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
-    device_gradients = 4 if gradients_are_sums(rule_of(options.optimizer), passes, run.world) else sizes.item_bytes
+    rule = rule_of(options.optimizer)
+    device_gradients = 4 if gradients_are_sums(rule, passes, run.world) else sizes.item_bytes
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
-    state = state_bytes(options.optimizer, run.dtype, device) + averages
-    sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
+    follows = isinstance(rule, Adam) and rule.weight_is_master(run.dtype)
+    sizes = replace(sizes, average_bytes=averages, average_follows_weight=follows)
+    sizes = replace(sizes, state_bytes=state_bytes(options.optimizer, run.dtype, device), ranks=ranks_here())
     parallel = options.plan.sequence_parallel
     sizes = replace(sizes, tokens=-(-sizes.tokens // parallel), sequence_parallel=parallel)
     sizes = replace(sizes, device_gradient_bytes=device_gradients)

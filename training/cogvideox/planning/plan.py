@@ -38,8 +38,9 @@ class Sizes:
     tokens: int  # of a sample in the largest bucket: those of one process, if several divide them
     width: int  # D
     heads: int
-    state_bytes: float = 10.0  # per trained element: master beside the weight, moments, and the average if there is one
-    average_bytes: int = 0  # the part of state_bytes for the average, which is stored where the master weight is
+    state_bytes: float = 10.0  # per trained element: what the master has beside the weight, and moments
+    average_bytes: int = 0  # per trained element: the fp32 average, if there is one
+    average_follows_weight: bool = False  # else it is where the state is, as the master is
     ranks: int = 1  # processes on this host; one of them writes checkpoints, and all share frozen streamed weights
     mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
     matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
@@ -65,11 +66,6 @@ class Sizes:
     def rows_on_host(self) -> int:
         """Returns the trained elements of this process whose weights, gradients and state are stored on the host."""
         return self.all_trained // self.shards if self.shards_on_host else 0
-
-    @property
-    def moving_bytes(self) -> float:
-        """Returns the bytes per trained element that pass through the device in an optimizer step."""
-        return self.state_bytes - self.average_bytes
 
     @property
     def unit_bytes(self) -> int:

@@ -283,9 +283,9 @@ class Timeline:
         self.stored = self.of([kind.kept == HOST for kind in self.kinds])
         self.weights, self.saved = self.on_host(WEIGHTS), self.on_host(SAVED)
         self.gradients = self.on_host(GRADIENTS)
-        self.state = self.on_host(STATE) * (self.sizes.moving_bytes / self.sizes.state_bytes)
+        self.state = self.on_host(STATE)
         # A range has room for fp32 gradients, also if those on the host have another type.
-        moving = self.sizes.block_trained * (self.sizes.moving_bytes + 4 * self.streamed)
+        moving = self.sizes.block_trained * (self.sizes.state_bytes + 4 * self.streamed)
         self.ranges = np.maximum(1, np.ceil(moving / RANGE_BYTES))
 
     def of(self, values: Sequence[Any]) -> Array:
@@ -325,10 +325,10 @@ class Timeline:
     def update_seconds(self, elements: Numbers) -> Numbers:
         """Returns the seconds of an update: it reads gradients, and reads and writes weights and state."""
         sizes = self.sizes
-        traffic = 2 * sizes.moving_bytes + 2 * sizes.item_bytes + sizes.sum_bytes
+        traffic = 2 * sizes.state_bytes + 2 * sizes.item_bytes + sizes.sum_bytes
         seconds = traffic / self.machine.memory
         # State in 8 bits has a scale for each group, so its bytes per element are not a whole number.
-        return elements * (max(seconds, EIGHT_BIT_SECONDS) if sizes.moving_bytes % 1 else seconds)
+        return elements * (max(seconds, EIGHT_BIT_SECONDS) if sizes.state_bytes % 1 else seconds)
 
     def norm_seconds(self, elements: Numbers) -> Numbers:
         """Returns the seconds of the norm of gradients, which reads them."""
@@ -378,7 +378,7 @@ class Timeline:
         blocks = sizes.block_trained * np.sum((self.state == 0) & ~self.streamed, axis=0)
         norms = self.norm_seconds(sizes.trained + sizes.block_trained * np.sum(~self.streamed, axis=0))
         now = now + (norms + self.update_seconds(blocks + sizes.trained - outside)) / sizes.shards
-        inward = outward = now * 0 + outside * sizes.moving_bytes
+        inward = outward = now * 0 + outside * sizes.state_bytes
         if sizes.average_bytes:  # the average is updated by the host, which waits for all transfers
             inward = inward + np.sum(self.state + self.gradients, axis=0)
             outward = outward + np.sum(self.state + (self.gradients > 0) * self.weights, axis=0)
