@@ -63,7 +63,6 @@ def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
         heads=config["num_attention_heads"],
         matrix_bytes=unquantized_matrix_bytes(block) if precision != AUTO else 0,
         block_trained=trained,
-        sum_bytes=2,
     )
     kind_of_block = BlockPlan(HOST, "attention", HOST, HOST if trained else None)
     plan = ExecutionPlan((kind_of_block,) * blocks, True, backend, HOST, base_precision=precision)

@@ -742,7 +742,6 @@ WHOLE_2B = Sizes(  # all weights of CogVideoX-2b, 49x480x720
     units_kept=(1, 2, 12, 20),
     state_bytes=12,
     block_trained=56_081_536,
-    sum_bytes=2,
     deepspeed=True,
 )
 

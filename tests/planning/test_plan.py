@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from sizes_of_5b import LORA, SFT
+from torch import Tensor
 
-from cogvideox.memory.streaming import STAGES, TRANSFER_SLOTS, HostStore
+from cogvideox.memory.streaming import STAGES, TRANSFER_SLOTS, HostGradients, HostStore
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.choice import AS_FAST, choose_plan, compile_seconds, mixture, mixtures
 from cogvideox.planning.costs import ENDS_UNITS, EXCHANGED_UNITS, Costs, Kinds
@@ -184,7 +186,7 @@ def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
         assert saved == pytest.approx((stored / 2 - 0.1) * LORA.block_bytes)
 
 
-@pytest.mark.parametrize("sizes", [LORA, replace(SFT, sum_bytes=4), replace(SFT, average_bytes=4)])
+@pytest.mark.parametrize("sizes", [LORA, replace(SFT, passes=2), replace(SFT, average_bytes=4)])
 def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -> None:
     kinds = mixtures(PRESETS["auto"], sizes)
     every = np.stack([*kinds.values()], axis=1)
@@ -365,16 +367,50 @@ def test_forward_may_need_more_than_backward(tokens: int) -> None:
 
 
 def test_sums_of_several_passes_take_twice_the_memory() -> None:
-    several = replace(SFT, sum_bytes=4)
+    several = replace(SFT, passes=2)
     more = costs(LEAN, HOST, several).pinned_bytes - costs(LEAN).pinned_bytes
     assert more == 2 * 42 * SFT.block_trained
     more = costs(LEAN, HOST, several).peak_bytes - costs(LEAN).peak_bytes
-    assert more == SFT.block_trained * (2 * (4 - 2) + 2 * 4)  # two blocks are copied out, and two are copied back
+    # Two blocks are copied out, and one is copied back in bf16, to which another is added.
+    assert more == SFT.block_trained * (2 * (4 - 2) + 2 + 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_gradients_on_the_device_take_what_host_gradients_need(
+    dtype: torch.dtype, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts, whenever a block begins to leave and when its sums exist, what is on the device."""
+    host, peak, size = HostGradients(torch.device("cpu")), 0, 512
+    add, put = HostGradients._sums, HostStore.put
+
+    def count(*more: Iterable[Tensor]) -> None:
+        nonlocal peak
+        moving = [tensors.values() for tensors, _ in (*host.store.leaving.values(), *host.store.arriving.values())]
+        peak = max(peak, sum(tensor.nbytes for tensors in (*moving, *more) for tensor in tensors))
+
+    def counted_sums(earlier: dict[str, Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        sums, array = add(earlier, gradients)
+        count(gradients, earlier.values(), [array])
+        return sums, array
+
+    def counted_put(store: HostStore, block: int, kept: dict[str, Tensor]) -> None:
+        count(kept.values())
+        put(store, block, kept)
+
+    monkeypatch.setattr(HostGradients, "_sums", staticmethod(counted_sums))
+    monkeypatch.setattr(HostStore, "put", counted_put)
+    for _ in range(passes):
+        for block in reversed(range(6)):
+            host.add(block, [torch.ones(size, dtype=dtype)])
+    sizes = replace(SFT, blocks=6, block_trained=size, item_bytes=dtype.itemsize, passes=passes)
+    assert costs({BlockPlan(HOST): 6}, sizes=sizes).gradient_bytes == peak
 
 
 def test_the_optimizer_step_counts_once_for_all_passes() -> None:
     """Copies of four passes take four times as long as those of one, but the optimizer step takes the same time."""
-    one, two, four = (seconds(LEAN, HOST, replace(SFT, passes=n), FAST) for n in (1, 2, 4))
+    fp32 = replace(SFT, item_bytes=4)  # so that gradients of all passes have the same size
+    one, two, four = (seconds(LEAN, HOST, replace(fp32, passes=n), FAST) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 

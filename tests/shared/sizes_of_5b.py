@@ -17,4 +17,4 @@ LORA = Sizes(  # rank 128
     width=3072,
     heads=48,
 )
-SFT = replace(LORA, trained=19_000_000, rest_bytes=0, block_trained=LORA.block_bytes // 2, sum_bytes=2)
+SFT = replace(LORA, trained=19_000_000, rest_bytes=0, block_trained=LORA.block_bytes // 2)

@@ -191,8 +191,10 @@ class Costs:
         """Returns the device bytes of block gradients: of the current block, and of those on their way to the host."""
         sizes = self.sizes
         sums = sizes.sum_bytes * np.minimum(IN_FLIGHT, self.streamed)
-        if sizes.sum_bytes > sizes.item_bytes:
-            sums = sums + (self.streamed > 0) * 2 * sizes.sum_bytes  # earlier sums are copied back, one block ahead
+        if sizes.passes > 1:
+            # Earlier gradients are copied back, one block ahead, and added to a new sum. Those of one pass are no sums.
+            earlier = sizes.item_bytes if sizes.passes == 2 else sizes.sum_bytes
+            sums = sums + (self.streamed > 0) * (sizes.sum_bytes + earlier)
         return sizes.block_trained * (sizes.item_bytes + sums)
 
     @cached_property

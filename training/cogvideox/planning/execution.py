@@ -226,7 +226,6 @@ def sizes_from_options(
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
     passes = options.train.gradient_accumulation_steps
-    sum_bytes = 4 if passes > 1 else sizes.sum_bytes
     rule = rule_of(options.optimizer)
     device_gradients = 4 if gradients_are_sums(rule, passes, run.world) else sizes.item_bytes
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
@@ -236,7 +235,7 @@ def sizes_from_options(
     parallel = options.plan.sequence_parallel
     sizes = replace(sizes, tokens=-(-sizes.tokens // parallel), sequence_parallel=parallel)
     sizes = replace(sizes, device_gradient_bytes=device_gradients)
-    return replace(sizes, sum_bytes=sum_bytes, passes=passes)
+    return replace(sizes, passes=passes)
 
 
 def host_memory_line(chosen: ExecutionPlan, machine: Machine) -> str:
@@ -382,7 +381,6 @@ def sizes_of(
         matrix_bytes=unquantized_matrix_bytes(blocks[0]) if precision != AUTO else 0,
         units_kept=tuple(map(max, zip(*kept, strict=True))),
         block_trained=block_trained,
-        sum_bytes=dtype.itemsize,
     )
 
 

@@ -46,7 +46,6 @@ class Sizes:
     matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
-    sum_bytes: int = 4  # per element of the gradients that are summed on the host
     device_gradient_bytes: int = 2  # per element of gradients on the device
     passes: int = 1  # forward and backward passes in an optimizer step
     steps: int = 0  # optimizer steps of the run, over which compilation is spread; 0 if compilation does not count
@@ -66,6 +65,11 @@ class Sizes:
     def rows_on_host(self) -> int:
         """Returns the trained elements of this process whose weights, gradients and state are stored on the host."""
         return self.all_trained // self.shards if self.shards_on_host else 0
+
+    @property
+    def sum_bytes(self) -> int:
+        """Returns the bytes per element of gradients on the host: sums of several passes are in fp32."""
+        return 4 if self.passes > 1 else self.item_bytes
 
     @property
     def unit_bytes(self) -> int:
