@@ -92,6 +92,12 @@ def small_card_job(kind: str, gib: int, seconds: float, *more: str, result: str)
     return Job(f"{kind}-within-{gib}gb", command, (result,), seconds)
 
 
+def block_job(kind: str) -> Job:
+    """Returns the job that measures one block of which all weights are trained."""
+    command = ("one_block.py", "--results", RESULTS, "--kind", kind, "--rank", "0", "--backends", "flash-4")
+    return Job(f"{kind}-block", command, (f"one_block_{kind}_sft.json",), 60)
+
+
 def guide_jobs() -> Iterator[Job]:
     """Yields jobs that measure rows of the guides, by importance. Those of a job share their weights."""
     for _, group in groupby(guide_memory.ARMS.values(), lambda arm: arm.process):
@@ -124,6 +130,7 @@ def all_jobs() -> list[Job]:
         bench_job("stock-offload", ["5b-sft-stock-offload"]),
         bench_job("slow-copies", ["5b-sft-lean-8bit-copies12", "5b-r128-lean-copies12"]),
         bench_job("1.5-5b-within-24gb", ["1.5-5b-sft-24gb-8bit"]),
+        *map(block_job, ("1.5-5b", "2b")),
         scale_job(arms[0]),
         bench_job("fp16", ["5b-r128-lean-fp16"]),
         *guide_jobs(),

@@ -10,6 +10,7 @@ activations, eager and compiled. A step of the model takes about (forward + back
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -173,8 +174,8 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
     return row
 
 
-def main() -> None:
-    """Measures one block with stock code and with each backend and level; writes the results."""
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
     parser.add_argument(
@@ -184,7 +185,12 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=list(attention.BACKENDS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["compiled"])
     parser.add_argument("--results", type=Path)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Measures one block with stock code and with each backend and level; writes the results. Fails without any."""
+    args = build_parser().parse_args()
     block, inputs = make_block(args.kind, args.rank), inputs_of(args.kind)
     right = stock_step(block.float(), to_fp32(inputs))
     right = {name: gradient.cpu() for name, gradient in right.items()}
@@ -206,13 +212,14 @@ def main() -> None:
             for how in args.ways:
                 rows.append(ours(block, inputs, backend, level, how, right))
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "kernels"}), flush=True)
-    if args.results:
+    if args.results and rows:
         args.results.mkdir(parents=True, exist_ok=True)
         table = {"kind": args.kind, "rank": args.rank, "tokens": tokens, **device_and_versions()}
         table |= {"stock": stock, "rows": rows}
         name = f"one_block_{args.kind}{'' if args.rank else '_sft'}.json"
         (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

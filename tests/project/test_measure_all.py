@@ -10,6 +10,7 @@ import bench
 import gpu_tests
 import guide_memory
 import measure_all
+import one_block
 import psutil
 import pytest
 import scale
@@ -220,7 +221,7 @@ def test_every_measurement_is_a_job_whose_command_its_program_accepts(monkeypatc
     assert files >= {bench.path_of(Path(), row).name for row in bench.ROWS}
     assert files >= {guide_memory.path_of(Path(), arm).name for arm in guide_memory.ARMS.values()}
     assert files >= {scale.result_of(arm, Path(), scale.has_flash()).name for arm in scale.ARMS}
-    programs = {"bench.py": bench, "guide_memory.py": guide_memory, "small_card.py": small_card}
+    programs = {f"{module.__name__}.py": module for module in (bench, guide_memory, one_block, small_card)}
     for job in jobs:
         script, *arguments = job.command
         if script in programs:
