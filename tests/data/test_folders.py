@@ -112,13 +112,31 @@ def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> Non
     flags = table(tmp_path, "id,Caption,vids\n1,x,a.mp4\n")
     assert problems(tmp_path, **flags, image_column="imag") == (
         f"{tmp_path}/t.csv: has no column text or caption or prompt; there are: id, Caption, vids; "
-        f"nearest: --caption_column Caption; {WITHOUT_CAPTIONS}",
+        f"nearest: --dataset_file t.csv --caption_column Caption; {WITHOUT_CAPTIONS}",
         f"{tmp_path}/t.csv: has no column video or file_name or video_path or path; there are: id, Caption, vids; "
-        "nearest: --video_column vids",
+        "nearest: --dataset_file t.csv --video_column vids",
         f"--image_column imag: no such column in {tmp_path}/t.csv; there are: id, Caption, vids; "
         "name one with --image_column",
     )
     assert "nearest: --video_column vids" in problems(tmp_path, **flags, video_column="vid")[-1]
+
+
+def test_flags_that_name_columns_of_a_table_that_was_found_are_accepted(tmp_path: Path) -> None:
+    folder = tmp_path / "my clips"
+    touch(folder, "a.mp4", "sub dir/metadata.csv")
+    (folder / "sub dir/metadata.csv").write_text("File_Name,Caption\na.mp4,x\n")
+    caption, video = (problem.split("nearest: ")[1].split(";")[0] for problem in problems(folder))
+    assert video == "--dataset_file 'sub dir/metadata.csv' --video_column File_Name"
+    words = dict(zip(*[iter(shlex.split(f"{caption} {video}"))] * 2, strict=True))
+    assert captions(folder, **{flag.removeprefix("--"): value for flag, value in words.items()}) == ["x"]
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_line_that_tells_excel_the_separator_is_refused_by_name(tmp_path: Path, sign: str) -> None:
+    flags = table(tmp_path, f"sep={sign}\r\nvideo{sign}text\r\na.mp4{sign}x\r\n")
+    assert problems(tmp_path, **flags) == (
+        f"{tmp_path}/t.csv: begins with sep=, a line for Excel only; delete this line",
+    )
 
 
 def test_an_image_column_is_used_if_it_holds_images(tmp_path: Path) -> None:
@@ -608,12 +626,14 @@ def test_clips_of_cameras_and_phones_are_found(tmp_path: Path, suffix: str) -> N
 def test_files_of_unknown_formats_are_reported(tmp_path: Path) -> None:
     pairs(tmp_path, a_mp4="x")
     touch(tmp_path, "sub/b.insv", "c.R3D", "d.r3d", "a.srt", "a.json", "notes.md", "clips.zip", ".e.braw", "Makefile")
+    touch(tmp_path, "data.xlsx", "~$data.xlsx", "e.caption")
     skipped: list[str] = []
     assert len(read_samples(DataFlags(data_root=(str(tmp_path),)), skipped)) == 1
-    names = ["c.R3D", "clips.zip", "d.r3d", "sub/b.insv"]
+    names = ["c.R3D", "clips.zip", "d.r3d", "data.xlsx", "e.caption", "sub/b.insv"]
     assert skipped == [str(tmp_path / name) for name in names]
     note, *examples = skipped_notes(skipped)
-    assert note == "files skipped because their format is not supported: 2 .r3d, 1 .zip, 1 .insv; convert clips to mp4:"
+    rule = "files skipped because their format is not supported: 2 .r3d, 1 .zip, 1 .xlsx, 1 .caption, 1 .insv"
+    assert note == f"{rule}; convert clips to mp4, and save captions as .txt and tables as CSV:"
     assert [line.strip() for line in examples] == skipped
     assert skipped_notes([]) == []
 

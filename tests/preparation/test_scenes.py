@@ -272,7 +272,8 @@ def test_files_of_unsupported_formats_are_listed(
     """The table does not have them, so a later preparation cannot list them."""
     (folder / "camera.mxf").write_bytes(b"x")
     split()
-    assert f"1 .mxf; convert clips to mp4:\n  {folder / 'camera.mxf'}\n" in capsys.readouterr().out
+    fix = "convert clips to mp4, and save captions as .txt and tables as CSV"
+    assert f"1 .mxf; {fix}:\n  {folder / 'camera.mxf'}\n" in capsys.readouterr().out
 
 
 def test_sections_and_clips_with_a_first_frame_are_not_cut(

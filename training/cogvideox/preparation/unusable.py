@@ -51,9 +51,10 @@ def allowing(records: Sequence[ClipRecord]) -> str:
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:
-    """Returns lines about files that may be clips but have an unsupported format."""
+    """Returns lines about files that may be clips, captions or tables but have an unsupported format."""
     if not skipped:
         return []
     suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
-    return [f"files skipped because their format is not supported: {kinds}; convert clips to mp4:", *indented(skipped)]
+    fix = "convert clips to mp4, and save captions as .txt and tables as CSV"
+    return [f"files skipped because their format is not supported: {kinds}; {fix}:", *indented(skipped)]

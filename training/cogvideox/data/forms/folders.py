@@ -376,7 +376,7 @@ def _names(folder: str, problems: Problems) -> list[str]:
         problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
         return []
     return sorted(
-        name for name in names if not (name.startswith(".") or name == TENSOR_FOLDER or fold_name(name) in JUNK)
+        name for name in names if not (name.startswith((".", "~$")) or name == TENSOR_FOLDER or fold_name(name) in JUNK)
     )
 
 

@@ -110,7 +110,7 @@ def _read_column(
     wanted = defaults if given is None else (given,)
     name = next((name for name in wanted if name in table.columns), None)
     if name is None:
-        _add_missing_column(table, flag, given, wanted, problems)
+        _add_missing_column(table, root, flag, given, wanted, problems)
         return None
     values = [cells.get(name) for cells in table.rows]
     texts = [_cell_text(value, row, name, table, problems) for row, value in enumerate(values)]
@@ -146,9 +146,13 @@ def _section(start: str, end: str) -> Section | str | None:
     return section
 
 
-def _add_missing_column(table: Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
+def _add_missing_column(
+    table: Table, root: str, flag: str, given: str | None, wanted: Sequence[str], problems: Problems
+) -> None:
     near = [match for name in wanted for match in difflib.get_close_matches(name, table.columns, 1)]
-    fix = f"nearest: {flag} {quote(near[0])}" if near else f"name one with {flag}"
+    # Without --dataset_file, the flag would name a list. Whoever named a column has given it already.
+    flags = flag if given is not None else f"--dataset_file {quote(os.path.relpath(table.file, root))} {flag}"
+    fix = f"nearest: {flags} {quote(near[0])}" if near else f"name one with {flags}"
     rule = f"{table.file}: has no column {' or '.join(wanted)}"
     if given is not None:
         rule = f"{flag} {given}: no such column in {table.file}"
@@ -238,11 +242,14 @@ def cells_of_any_size() -> Iterator[None]:
 
 def _is_header(columns: list[str], file: str, problems: Problems) -> bool:
     twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    has_separator_line = columns[:1] == ["sep="]
     if not columns:
         problems.add("empty table", f"{file}: is empty; it needs a row with the names of the columns")
+    elif has_separator_line:
+        problems.add("separator line", f"{file}: begins with sep=, a line for Excel only; delete this line")
     elif twice:
         problems.add("column twice", f"{file}: has two columns {first_names(twice)}; rename one")
-    return bool(columns) and not twice
+    return bool(columns) and not (has_separator_line or twice)
 
 
 # Numbers are read as the text that is written, because 1.50 may be a caption.
