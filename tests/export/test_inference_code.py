@@ -95,6 +95,14 @@ def statements(tree: ast.Module) -> list[str]:
     return [type(node).__name__ for node in ast.walk(tree)]
 
 
+def test_only_the_script_of_a_run_with_a_prompt_promises_its_video(tmp_path: Path) -> None:
+    video, example = "The default values make the first validation video.", "The default prompt is only an example"
+    with_prompt = ast.get_docstring(script_of(tmp_path, "--validation_prompt", "a cat")) or ""
+    assert (video in with_prompt, example in with_prompt) == (True, False)
+    without = ast.get_docstring(script_of(tmp_path)) or ""
+    assert (video in without, example in without) == (False, True)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.fault("security: code in prompts and paths of inference.py")
 def test_hostile_texts_stay_texts(tmp_path: Path, text: str) -> None:

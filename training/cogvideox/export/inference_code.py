@@ -37,10 +37,13 @@ video = pipe(
 {output}
 """
 
+FIRST_VIDEO = "The default values make the first validation video."
+NO_VIDEO = "The default prompt is only an example, because the run had none."
+
 SCRIPT_SETUP = '''\
 """Makes a video with the trained weights in plain diffusers.
 
-The default values make the first validation video. Prompt{and_image} and output, in this order, need no flags.
+{default_values} Prompt{and_image} and output, in this order, need no flags.
 """
 
 import argparse
@@ -218,7 +221,7 @@ def generate(
 
 
 def inference_script(options: TrainOptions, task: Task, method: Method, validator: Validator, run: Run) -> str:
-    """Returns inference.py, a command whose default values reproduce the first validation video in stock diffusers."""
+    """Returns inference.py, a command whose default values reproduce the first validation video, if there is one."""
     flags, model, dtype = options.validation, options.model, str(run.dtype).removeprefix("torch.")
     folder = Path(model.pretrained_model_name_or_path)
     weights = method.inference(dtype, STRENGTH)
@@ -260,7 +263,8 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], mul
         numbers: The default values of the numbers.
         multiple: The number of pixels of which the height and width must be multiples.
     """
-    prompts = prompts_of(options.validation) or [f"{options.data.id_token or ''} a video".strip()]
+    prompts = prompts_of(options.validation)
+    example = f"{options.data.id_token or ''} a video".strip()
     lines = [
         f'parser.add_argument("--{flag}", type={type(numbers[name]).__name__}, default={numbers[name]}, help="{help_}")'
         for name, (flag, help_) in NUMBERS.items()
@@ -270,7 +274,8 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], mul
     return SCRIPT_SETUP.format(
         **task.inference,
         image_code=image_code(crops_images(options)) if has_image else "",
-        prompt=literal(prompts[0]),
+        default_values=FIRST_VIDEO if prompts else NO_VIDEO,
+        prompt=literal(prompts[0] if prompts else example),
         numbers="\n".join(lines),
         multiple=multiple,
         noisy=", ".join(map(literal, NOISY)),
