@@ -19,7 +19,10 @@ MOST_MODULES = 16  # in one folder
 
 # From bottom to top: folders, and the modules next to them. A module imports from its own folder and from lower rows.
 LAYERS = (
-    ("caches", "errors", "files", "finite", "host_memory", "locks", "progress", "rng", "stopping", "tensor_files"),
+    (
+        *("caches", "console", "errors", "files", "finite", "host_memory", "locks", "progress", "rng", "stopping"),
+        "tensor_files",
+    ),
     ("config",),
     ("data.media",),
     ("data.media.colors", "data.media.container"),
@@ -59,7 +62,7 @@ WITHOUT_TORCH = (
 )
 WITHOUT_TORCH = tuple(name for name in WITHOUT_TORCH if name != "data.dataset")
 STANDARD_LIBRARY_ONLY = (
-    *("caches", "errors", "files", "locks", "rng", "stopping"),
+    *("caches", "console", "errors", "files", "locks", "rng", "stopping"),
     *("config.flags", "config.options", "config.conflicts", "config.args", "config.lora_file", "config.prompts"),
     *("config.buckets", "data.cache", "data.sampler", "data.media.faults", "data.media.workers"),
     *(name for name in FILES if layer_of(name) == "data.forms"),

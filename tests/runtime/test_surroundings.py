@@ -101,3 +101,40 @@ def test_without_a_compiler_a_run_says_what_to_install(model: Path, tensors: Pat
     assert "Traceback" not in said
     assert "torch.compile fails: " in said
     assert "; it needs a C++ compiler and the headers of Python, as from apt-get install g++ python3-dev" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        pytest.param("2>/dev/full", marks=pytest.mark.fault("disk: full, where the log of a run is")),
+        pytest.param("2>&-", marks=pytest.mark.fault("disk: a closed standard error")),
+        pytest.param("2>&1 | head -n 1", marks=pytest.mark.fault("disk: the reader of the log ends")),
+    ],
+)
+def test_a_run_whose_messages_cannot_be_written_finishes(
+    redirection: str, model: Path, tensors: Path, usual: Path, tmp_path: Path
+) -> None:
+    command = shlex.join(map(str, python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *SHORT))))
+    finish(start(["bash", "-c", f"set -o pipefail; {command} {redirection}"]))
+    assert losses(tmp_path / "lora") == losses(usual)
+    assert equal(weights(tmp_path / "lora"), weights(usual))
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+        (">/dev/full", 2, f"{LORA_SCRIPT.name}: a part of the standard output is missing: No space left on device\n"),
+    ],
+)
+def test_output_that_is_lost_is_reported_unless_nobody_reads_it(redirection: str, status: int, said: str) -> None:
+    command = shlex.join(map(str, python(LORA_SCRIPT, "--help_all")))
+    assert finish(start(["bash", "-c", f"set -o pipefail; {command} {redirection}"]), status) == said
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped(model: Path, tmp_path: Path) -> None:
+    flags = ("--validation_prompt", "\u5154", "--print_config")
+    said = finish(start(python(LORA_SCRIPT, *lora_flags(model, tmp_path, tmp_path, *flags)), PYTHONIOENCODING="ascii"))
+    assert "\\u5154" in said

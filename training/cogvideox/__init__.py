@@ -5,6 +5,7 @@ from lower layers, which a test enforces. These modules of the lowest layer are 
 
 errors.py       defines UsageError, for what a user can fix, and NonFiniteError, for NaN or infinity in training
 caches.py       keeps compiled kernels and bytecode in a private folder of the user
+console.py      discards messages that cannot be written, so that work continues
 files.py        writes files atomically, and turns errors of disks into one line
 locks.py        lets one process at a time write to a folder, on any file system
 host_memory.py  measures the free memory of the host or of the container

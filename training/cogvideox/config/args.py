@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cogvideox import __version__, caches, stopping
+from cogvideox import __version__, caches, console, stopping
 from cogvideox.config.conflicts import flag_problems, idle_schedule, without_effect
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
@@ -409,6 +409,7 @@ def run_script(
         doc: The text at the top of the help.
         checks: The checks for ``parse``.
     """
+    console.protect_output()
     stopping.install()
     caches.use_caches()
     for name in NOISY:
@@ -421,6 +422,8 @@ def run_script(
         status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:
         status = stopped_status()
+    except SystemExit as ended:  # --help, --version and --print_config
+        status = ended.code if isinstance(ended.code, int) else None
     except Exception as error:
         if stopping.stops_now():
             status = stopped_status()  # another rank stopped first, so a collective operation failed
@@ -429,6 +432,9 @@ def run_script(
             stopping.leave(LOST_RANK_EXIT, is_cause=False)
         else:
             raise
+    if not status and (reason := console.output_problem()):
+        print(f"{Path(sys.argv[0]).name}: a part of the standard output is missing: {reason}", file=sys.stderr)
+        status = USAGE_EXIT
     if status in (USAGE_EXIT, NON_FINITE_EXIT):
         announce_traceback(status)
     stopping.leave(status)
