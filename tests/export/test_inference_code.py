@@ -364,8 +364,11 @@ def test_an_image_of_another_shape_is_fitted_as_clips_are(
         (("a cat", "red.png", "cat.gif"), "--output cat.gif: must end in .mp4, .mov or .mkv"),
         (("a cat", "red.png", "--height", "72"), "--height 72: must be a multiple of 16"),
         (("a cat", "red.png", "--width", "100"), "--width 100: must be a multiple of 16"),
-        (("a cat", "blue.png", "cat.mp4"), "--image blue.png: no such file"),
-        (("a cat", "--image", "red.png", "cat.mp4"), "--image cat.mp4: no such file"),
+        (("a cat", "blue.png", "cat.mp4"), "--image blue.png: no such file; give a path or URL of the first frame"),
+        (
+            ("a cat", "--image", "red.png", "cat.mp4"),
+            "--image cat.mp4: no such file; give a path or URL of the first frame",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_loaded(

@@ -92,7 +92,7 @@ class ImageToVideo:
         "image_flag": f'parser.add_argument("--image", default=here / "{IMAGE_NAME.format(0)}", help="first frame")\n',
         "image_check": """\
 if "://" not in str(args.image) and not Path(args.image).is_file():
-    parser.error(f"--image {args.image}: no such file")
+    parser.error(f"--image {args.image}: no such file; give a path or URL of the first frame")
 """,
         "arguments": "image=image,",
     }
