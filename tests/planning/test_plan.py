@@ -357,13 +357,21 @@ def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
 def test_forward_may_need_more_than_backward(tokens: int) -> None:
     """With short clips and small blocks, updates that pass take more memory than what backward computes."""
     lean = costs(LEAN, sizes=replace(SFT, tokens=tokens, block_trained=SFT.block_trained // 10))
-    assert lean.transfer_slot_bytes == TRANSFER_SLOTS * RANGE_BYTES
+    slot = RANGE_BYTES * (1 + 2 / 14)  # state outside the blocks, and the gradients of a range of a block
+    assert lean.transfer_slot_bytes == pytest.approx(TRANSFER_SLOTS * slot)
     backward = lean.activation_bytes + lean.gradient_bytes
     assert lean.forward_bytes > lean.transfer_slot_bytes + lean.saved_bytes
     stored = lean.peak_bytes - max(backward, lean.forward_bytes)
     assert stored == costs(LEAN).peak_bytes - costs(LEAN).activation_bytes - costs(LEAN).gradient_bytes
     assert (lean.forward_bytes > backward) == (tokens == 482)
     assert costs(LEAN, HOST, LORA).transfer_slot_bytes == STAGES * RANGE_BYTES  # of a LoRA, before the blocks compute
+
+
+def test_weights_without_optimizer_state_are_planned() -> None:
+    """As in fp32 with SGD."""
+    stateless = replace(SFT, item_bytes=4, state_bytes=0)
+    plan = choose_plan(Axes(weights=(DEVICE,), state=(DEVICE,)), stateless, FAST, False, "cpu")
+    assert plan.peak > SFT.all_trained * 4
 
 
 def test_sums_of_several_passes_take_twice_the_memory() -> None:

@@ -199,10 +199,23 @@ class Costs:
 
     @cached_property
     def transfer_slot_bytes(self) -> Numbers:
-        """Returns the device bytes of the optimizer's transfer slots."""
-        gradients = self.held(HOST, GRADIENTS)
-        count = TRANSFER_SLOTS if self.sizes.block_trained else STAGES
-        return count * np.minimum(RANGE_BYTES, self.state_at(HOST) + gradients)
+        """Returns the device bytes of the optimizer's transfer slots, each with room for a range of any parameters.
+
+        Ranges of what is outside the blocks, of blocks on the device and of streamed blocks have different numbers of
+        elements. So a slot may have room for the state of the first and for gradients of the last.
+        """
+        sizes = self.sizes
+        with_gradients = min(sizes.block_trained, RANGE_BYTES / (sizes.state_bytes + 4))  # elements of a range
+        longest = RANGE_BYTES / max(1, sizes.state_bytes)  # fp32 weights under SGD have no state
+        without = min(sizes.block_trained, longest)
+        outside = min(sizes.trained, longest) * (self.state == HOST)
+        blocks = (
+            (n > 0) * (with_gradients if kind.weights == HOST else without)
+            for kind, n in self.kinds.items()
+            if (kind.state or self.state) == HOST
+        )
+        slot = largest(outside, *blocks) * sizes.state_bytes + (self.streamed > 0) * with_gradients * sizes.sum_bytes
+        return (TRANSFER_SLOTS if sizes.block_trained else STAGES) * np.rint(slot).astype(int)
 
     @cached_property
     def sharded_peak_bytes(self) -> Numbers:
