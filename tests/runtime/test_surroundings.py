@@ -138,3 +138,25 @@ def test_characters_that_the_output_cannot_encode_are_escaped(model: Path, tmp_p
     flags = ("--validation_prompt", "\u5154", "--print_config")
     said = finish(start(python(LORA_SCRIPT, *lora_flags(model, tmp_path, tmp_path, *flags)), PYTHONIOENCODING="ascii"))
     assert "\\u5154" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a number; if another launcher left it"),
+        ({"RANK": "1"}, "RANK=1: must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is 1; if another launcher left it"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+            "environment has WORLD_SIZE=1, RANK=0, LOCAL_RANK=0; start all processes at the same time",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "run: unset OMPI_COMM_WORLD_SIZE"),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.fault("ranks: variables of another launcher in the environment")
+def test_variables_of_another_launcher_are_named(
+    variables: dict[str, str], said: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    output = finish(start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *SHORT)), **variables), 2)
+    assert said in output
+    assert "Traceback" not in output

@@ -30,6 +30,7 @@ from cogvideox.config.options import (
     Options,
     ScriptOptions,
     TrainOptions,
+    check_launch,
     derive,
     derive_video_size,
     fields_of,
@@ -459,6 +460,7 @@ def exit_status(
     """Returns the status of ``main``, or 2 or 3 after printing what went wrong. Other errors keep their traceback."""
     try:
         with disk_errors_converted(Path("the disk")):  # unless the error names the file
+            check_launch()
             options = parse(options_type, doc, None, checks)
             hide_secrets(options)
             return main(options)

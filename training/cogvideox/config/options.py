@@ -45,6 +45,9 @@ from cogvideox.config.flags import (
     TrainFlags,
     ValidationFlags,
 )
+from cogvideox.errors import UsageError
+
+LEFT_OVER = "if another launcher left it in the environment, run: unset"  # the fix, before the names of variables
 
 
 @dataclass(frozen=True)
@@ -368,6 +371,21 @@ def samples_per_step(options: TrainOptions, world: int) -> int:
     """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
     groups = world // options.plan.sequence_parallel  # each of them trains on samples of its own
     return options.train.train_batch_size * options.train.gradient_accumulation_steps * groups
+
+
+def check_launch() -> None:
+    """Raises UsageError if variables of the environment, by which launchers number processes, make no sense."""
+    numbers, problems = {"RANK": 0, "WORLD_SIZE": 1}, []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        try:
+            numbers[name] = int(os.environ.get(name, numbers.get(name, 0)))
+        except ValueError:
+            problems.append(f"{name}={os.environ[name]}: must be a number; {LEFT_OVER} {name}")
+    if not problems and not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        rule = f"must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {numbers['WORLD_SIZE']}"
+        problems.append(f"RANK={numbers['RANK']}: {rule}; {LEFT_OVER} RANK WORLD_SIZE")
+    if problems:
+        raise UsageError(problems)
 
 
 def launched_processes() -> int:

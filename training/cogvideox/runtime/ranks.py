@@ -20,8 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cogvideox import stopping
-from cogvideox.config.options import launched_processes
-from cogvideox.errors import LostRankError, UsageError, first_of
+from cogvideox.config.options import LEFT_OVER, launched_processes
+from cogvideox.errors import LostRankError, UsageError, first_line, first_of
 from cogvideox.files import temporary_of
 from cogvideox.model.sequence import make_sequence_group
 
@@ -39,6 +39,13 @@ GO, SAVE, STOP = "go", "save", "stop"
 LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
 # How gloo and NCCL say that another process is too slow.
 TIMED_OUT = re.compile("[Tt]imed out waiting|collective operation timeout")
+# How torch.distributed and accelerate say that a launcher has not told them where the other processes are.
+UNKNOWN_ADDRESS = re.compile("MASTER_ADDR|environment variable [A-Z_]+ expected")
+# Variables from which torch.distributed and accelerate conclude that there are several processes, and where they are.
+LAUNCH_VARIABLES = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
 
 T = TypeVar("T")
 
@@ -47,9 +54,28 @@ def start_processes() -> "PartialState":
     """Returns accelerate's PartialState of this process, connected to the others, on a GPU if the machine has one."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    with connecting():
+        state = PartialState(cpu=not torch.cuda.is_available())
     check_world(state.num_processes)
     return state
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Converts errors of accelerate and torch.distributed, while they connect the processes, into UsageError."""
+    given = {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ}
+    try:
+        yield
+    except (ValueError, dist.DistError) as error:
+        is_other = isinstance(error, ValueError) and not UNKNOWN_ADDRESS.search(str(error))
+        if not given or is_other or LOST.search(str(error)) or stopping.stops_now():
+            raise
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(
+            f"the processes of this run cannot be connected: {first_line(error)}; the environment has {listed}; "
+            "start all processes at the same time, with the address of process 0 in MASTER_ADDR and a free port of it "
+            f"in MASTER_PORT; {LEFT_OVER} {' '.join(given)}"
+        ) from error
 
 
 def alone() -> "Ranks":

@@ -43,7 +43,7 @@ from cogvideox.optimizer.shard_files import Outcome, raise_errors
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.metrics import keep_records
-from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
+from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world, connecting
 from cogvideox.runtime.startup import Startup
 
 if TYPE_CHECKING:
@@ -214,14 +214,15 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     project = ProjectConfiguration(
         options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir))
     )
-    accelerator = Accelerator(
-        mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
-        dynamo_backend="no",
-        cpu=on_cpu and not deepspeed,
-        log_with=tracker_names(options.train.report_to) or None,
-        project_config=project,
-        kwargs_handlers=handlers,
-    )
+    with connecting():
+        accelerator = Accelerator(
+            mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
+            dynamo_backend="no",
+            cpu=on_cpu and not deepspeed,
+            log_with=tracker_names(options.train.report_to) or None,
+            project_config=project,
+            kwargs_handlers=handlers,
+        )
     plugin = accelerator.state.deepspeed_plugin
     if deepspeed and plugin is None:
         raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
