@@ -563,6 +563,59 @@ def test_a_rank_that_makes_progress_is_waited_for(tmp_path: Path) -> None:
         finish(rank)
 
 
+SLOW_DISK = """
+import shutil, torch
+from functools import partial
+from pathlib import Path
+from cogvideox import files, tensor_files
+from cogvideox.optimizer import shard_files
+from cogvideox.runtime import checkpoint_files
+from cogvideox.runtime.ranks import Ranks, start_processes
+ranks = Ranks(start_processes(), 2)
+ranks.wait_for_everyone()
+path, one = Path(sys.argv[1]), torch.ones(1)
+path.touch()
+def slowly(*_, **__):
+    if int(sys.argv[2]): os.kill(os.getpid(), int(sys.argv[2]))
+    time.sleep(3)
+os.fsync = shutil.rmtree = tensor_files.write_hashed = slowly
+shards = {"a": shard_files.Shard(one, one.shape)}
+shared = partial(shard_files.write_shards, path, shards, True, shard_files.own_or_raise)
+for work in (
+    partial(files.fsync, path),
+    partial(files.write_atomically, path, b""),
+    partial(tensor_files.write_tensors, path, tensor_files.pieces_of({"a": one})),
+    shared,
+    partial(checkpoint_files.remove, path.with_name("checkpoint-1")),
+):
+    if ranks.process_index == 1:
+        work()
+    ranks.wait_for_everyone()
+"""
+
+
+def two_at_a_slow_disk(folder: Path, number: int = 0) -> list[Forked]:
+    """Starts two ranks. One waits for the disk, in which it may get a signal, and the other waits for it."""
+    (folder / "ranks.py").write_text(script_of(SLOW_DISK))
+    return fork_ranks(2, python(folder / "ranks.py", folder / "file", number))
+
+
+def test_a_rank_that_waits_for_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
+    """Each call of the system takes three seconds, and a rank may go without progress for two."""
+    for rank in two_at_a_slow_disk(tmp_path):
+        finish(rank)
+
+
+@pytest.mark.fault("ranks: one of two is suspended or killed while it waits for a slow disk")
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGSTOP, "no answer from rank 1"), (signal.SIGKILL, "by peer")])
+def test_a_rank_that_is_lost_at_a_slow_disk_ends_the_other(tmp_path: Path, number: int, said: str) -> None:
+    ranks = two_at_a_slow_disk(tmp_path, number)
+    text = finish(ranks[0], 1)
+    ranks[1].send_signal(signal.SIGKILL)
+    ranks[1].wait()
+    assert said in text
+
+
 @pytest.mark.fault("signals: a signal to one of two ranks, while the other waits in a barrier")
 def test_quit_prints_the_stacks_of_both_ranks_and_term_ends_them(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path, 60, "hang")

@@ -2,7 +2,8 @@
 
 ``write_atomically`` leaves a complete file or the old one, whenever the process dies. ``disk_errors_converted`` and
 ``what_is_safe`` convert errors of a disk into a DiskError with the folder, the reason and the space. The functions
-below them delete temporary files of processes that died. This module needs only the standard library.
+below them delete temporary files of processes that died. The modules that this one needs are those of the standard
+library, and of this project only such as need no others either.
 """
 
 import errno
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 
+from cogvideox import stopping
 from cogvideox.errors import DiskError, plural
 
 LOCK_NAME = ".lock"  # name of the lock file of a folder to which one process at a time writes
@@ -90,7 +92,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         DiskError: The disk is full, fails or refuses to be written; the old content is unchanged.
     """
     temporary = temporary_of(path)
-    with disk_errors_converted(path.parent, len(content)), removed_on_failure(temporary):
+    with disk_errors_converted(path.parent, len(content)), removed_on_failure(temporary), stopping.disk_work():
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -113,11 +115,12 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
 def fsync(path: Path) -> None:
     """Flushes a file or folder to the disk. Folders on file systems that cannot do so are skipped with a warning."""
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with stopping.disk_work():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
         if error.errno not in NO_FOLDER_FSYNC or not path.is_dir():
             raise

@@ -73,6 +73,7 @@ class _State:
         self.last_unit = "start"
         self.phase = "the start"  # what the run does now, for the message about a hang
         self.waiting_since: float | None = None  # when this rank began to wait for other ranks
+        self.disk_work: list[None] = []  # an element for each block of disk_work, which any thread may enter
         self.watcher: _Watcher | None = None
 
 
@@ -144,6 +145,20 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         _state.waiting_since = before
+
+
+@contextmanager
+def disk_work() -> Iterator[None]:
+    """Marks work on a disk, whose calls may take any time: a full cache is flushed, or a large file is deleted.
+
+    Meanwhile this process counts as making progress, until its watcher is silent because it is suspended or gone. The
+    work must not wait for other ranks.
+    """
+    _state.disk_work.append(None)
+    try:
+        yield
+    finally:
+        _state.disk_work.pop()
 
 
 @contextmanager
@@ -389,7 +404,7 @@ class _Others:
 
     def _exchange_progress(self) -> None:
         units = _state.units + (_bytes_moved() >> IO_UNIT)
-        progress = self.store.add("progress", units - self.told_units)
+        progress = self.store.add("progress", units - self.told_units + len(_state.disk_work))
         self.told_units = units
         now = time.monotonic()
         if progress != self.progress:

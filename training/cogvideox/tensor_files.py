@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cogvideox import stopping
+
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -162,7 +164,7 @@ def write_tensors(
     """
     head, starts = header(pieces, metadata)
     digest = hashlib.sha256(head)
-    with open(path, "wb") as file:
+    with stopping.disk_work(), open(path, "wb") as file:
         file.write(head)
         for name in starts:
             write_hashed(file, content_of(pieces[name].read()), digest)

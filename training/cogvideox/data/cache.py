@@ -24,6 +24,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import TENSOR_INDEX
 from cogvideox.errors import UsageError
@@ -208,7 +209,7 @@ class Ledger:
             return
         with disk_errors_converted(self.path.parent, len(text)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with held(self.path):
+            with held(self.path), stopping.disk_work():
                 self._append(text)
 
     def _append(self, text: str) -> None:

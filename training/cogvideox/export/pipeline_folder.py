@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from cogvideox import stopping
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import INDEX_NAME, PARTS, read_model_index, saves_pipeline
 from cogvideox.config.options import TrainOptions
@@ -34,7 +35,8 @@ def fetch_parts(run: Run, options: TrainOptions) -> None:
 
 def remove_pipeline(folder: Path) -> None:
     """Removes the pipeline folder of an earlier result, whose transformer is outdated."""
-    shutil.rmtree(folder / PIPELINE_NAME, ignore_errors=True)
+    with stopping.disk_work():
+        shutil.rmtree(folder / PIPELINE_NAME, ignore_errors=True)
 
 
 def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
@@ -49,11 +51,12 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
         The pipeline folder.
     """
     temporary, target = transformer.parent / f".{PIPELINE_NAME}.tmp", transformer.parent / PIPELINE_NAME
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_errors_converted(transformer.parent), removed_on_failure(temporary):
-        fill_pipeline(temporary, model, pipeline, transformer)
-    remove_pipeline(transformer.parent)
-    os.replace(temporary, target)
+    with stopping.disk_work():
+        shutil.rmtree(temporary, ignore_errors=True)
+        with disk_errors_converted(transformer.parent), removed_on_failure(temporary):
+            fill_pipeline(temporary, model, pipeline, transformer)
+        remove_pipeline(transformer.parent)
+        os.replace(temporary, target)
     return target
 
 

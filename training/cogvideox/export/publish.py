@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import stopping
 from cogvideox.config.args import config_dict
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import saves_pipeline
@@ -131,9 +132,9 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
         The facts about the file that ``method.export`` returns, for recipe.json.
     """
     temporary, target = folder / ".weights.tmp", folder / method.result
-    shutil.rmtree(temporary, ignore_errors=True)
     needed = sum(parameter.nbytes for parameter in method.parameters().values())
-    with disk_errors_converted(folder, needed), removed_on_failure(temporary):
+    with disk_errors_converted(folder, needed), removed_on_failure(temporary), stopping.disk_work():
+        shutil.rmtree(temporary, ignore_errors=True)
         about: dict[str, Any] = method.export(temporary)
         for path in temporary.rglob("*"):
             fsync(path)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from cogvideox import stopping
 from cogvideox.errors import DISK_LOSES, DiskError
 from cogvideox.tensor_files import content_of, hashed_meanwhile, header, size_of
 
@@ -121,9 +122,10 @@ def write_shards(path: Path, tensors: dict[str, Shard], is_main: bool, gather_or
 
 
 def outcome_of(work: Callable[[], T]) -> Outcome[T]:
-    """Does some work, and returns what it returns, or the error of the disk that ended it."""
+    """Does some work on the disk, and returns what it returns, or the error of the disk that ended it."""
     try:
-        return work()
+        with stopping.disk_work():
+            return work()
     except (OSError, DiskError) as error:
         return error
 

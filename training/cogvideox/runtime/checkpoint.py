@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogvideox import stopping
 from cogvideox.config.options import SftOptions, TrainOptions
 from cogvideox.errors import DiskError, NonFiniteError
 from cogvideox.files import check_room, disk_errors_converted, removed_on_failure, size_text
@@ -181,9 +182,10 @@ class Saver:
         """
         folder = self._temporary(step)
         if self.run.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            check_room(self.run.output_dir, self.num_bytes or 0)
-            folder.mkdir()
+            with stopping.disk_work():
+                shutil.rmtree(folder, ignore_errors=True)
+                check_room(self.run.output_dir, self.num_bytes or 0)
+                folder.mkdir()
         self.run.barrier()
         hashes = {} if self.weights_only else self.engine.save(folder, write)
         hashes |= self.engine.save_weights(self.method, folder, write)
@@ -194,7 +196,7 @@ class Saver:
         """Gives the checkpoint its final name, on the main process, and removes those beyond the limit."""
         if not self.run.is_main:
             return
-        with self._guarded(step):
+        with self._guarded(step), stopping.disk_work():
             folder = self._temporary(step)
             progress = {"step": step, "recipe": self.recipe}
             (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cogvideox import stopping
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DISK_LOSES, DiskError, first_line
 from cogvideox.files import fsync, write_atomically
@@ -156,7 +157,8 @@ def seal(temporary: Path, target: Path, hashes: Mapping[Path, str]) -> None:
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint. It is renamed first, so that a kill in between leaves nothing that looks complete."""
-    shutil.rmtree(move_aside(folder), ignore_errors=True)
+    with stopping.disk_work():
+        shutil.rmtree(move_aside(folder), ignore_errors=True)
 
 
 def keep_damaged(path: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from cogvideox import stopping
 from cogvideox.config.flags import CHANGEABLE, OWN_OF_PROCESS, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import (
@@ -151,8 +152,9 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
             does not see it. Every rank raises it.
     """
     if run.is_main:
-        for leftover in run.output_dir.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
-            shutil.rmtree(leftover)
+        with stopping.disk_work():
+            for leftover in run.output_dir.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
+                shutil.rmtree(leftover)
     run.barrier()
     folder, problem = None, None
     if run.is_main:

@@ -265,7 +265,7 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
     if problem := content_problem(train):
         return problem
-    with disk_errors_converted(folder):
+    with disk_errors_converted(folder), stopping.disk_work():
         remove_temporaries(folder)
     if not (folder / RUN_CONFIG_NAME).exists():
         write_config(run, options)
