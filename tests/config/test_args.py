@@ -963,6 +963,53 @@ def test_the_traceback_of_accelerate_is_announced(tmp_path: Path) -> None:
     assert alone == lines[: first - 1]
 
 
+THREE = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "training")!r})
+from cogvideox import stopping
+from cogvideox.config import args
+from cogvideox.errors import UsageError
+if os.environ["RANK"] == "2":
+    stopping.print_once("only here")
+args.parse = lambda *_: None
+args.hide_secrets = lambda _: None
+def main(_):
+    Path(sys.argv[1], os.environ["RANK"]).touch()
+    while len(os.listdir(sys.argv[1])) < 3: time.sleep(0.01)
+    raise UsageError("of all")
+args.run_script(main, None, None, ())
+"""
+
+
+def test_what_all_processes_of_a_launch_have_to_say_is_printed_once(tmp_path: Path) -> None:
+    """What only one of them has to say is printed, too, whichever it is."""
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "three.py").write_text(THREE)
+    cpu = ROOT / "accelerate_configs" / "cpu.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", cpu, "--multi_gpu"]
+    command = [*launcher, "--num_processes", "3", tmp_path / "three.py", tmp_path / "ready"]
+    environ = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=environ).stderr
+    for line in ("only here", "three.py: 1 problem", "  of all", "(A traceback of the launcher follows. It only"):
+        assert said.count(line) == 1, said
+
+
+@pytest.mark.parametrize("printed", ["", "one.log"])
+def test_a_line_is_printed_again_to_another_place_and_without_a_launcher(tmp_path: Path, printed: str) -> None:
+    """A launcher may write what each process prints to a file of its own. Without a launcher, a run is repeated."""
+    (tmp_path / "attempt_0" / "0").mkdir(parents=True)
+    code = "from cogvideox import stopping; stopping.is_launcher = lambda _: LAUNCHED; stopping.print_once('a', 'b')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'training')!r}); {code}"
+    environ = os.environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt_0" / "0" / "error.json")}
+    for number in range(2):
+        path = tmp_path / (printed or f"{number}.log")
+        with open(path, "a") as file:
+            launched = code.replace("LAUNCHED", str(not printed))
+            subprocess.run([sys.executable, "-c", launched], stderr=file, check=True, env=environ)
+    assert path.read_text() == "a\nb\n" * (2 if printed else 1)
+
+
 def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(options: typing.Any) -> int:
         raise OSError(errno.EBADF, "Bad file descriptor")

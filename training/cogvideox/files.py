@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,8 +129,8 @@ def fsync(path: Path) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Prints a line to stderr, once per process however often it is called with this line."""
-    print(text, file=sys.stderr)
+    """Prints a line to stderr, once per process however often it is called with this line; see ``print_once``."""
+    stopping.print_once(text)
 
 
 # -- errors of disks ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ installed before anything heavy is imported.
 
 import atexit
 import faulthandler
+import fcntl
+import hashlib
 import os
 import select
 import signal
@@ -28,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
@@ -271,6 +273,41 @@ def last_line() -> str:
 def speaks() -> bool:
     """Returns whether this process prints messages for all ranks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(*lines: str) -> None:
+    """Prints lines on stderr, unless another process of the launch has printed the same ones to the same place.
+
+    ``torchrun`` and ``accelerate launch`` create a folder for the processes that they start on a machine, in which each
+    one has a file for its error. A file next to these says what was printed. A process holds its lock until the lines
+    are written, so if it is killed before that, another one prints them. Without such a folder, each process prints.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    with ExitStack() as opened:
+        record = None
+        with suppress(OSError):
+            record = opened.enter_context(open(_record_of(text), "a"))
+            fcntl.flock(record, fcntl.LOCK_EX)
+            if record.seek(0, os.SEEK_END):
+                return
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        if record is not None:
+            record.truncate(1)  # which also works on a full disk
+
+
+def _record_of(text: str) -> Path:
+    """Returns the file that says that a process of this launch has printed a text to where this one prints.
+
+    Raises:
+        OSError: No launcher has started this process, or stderr is not a file of the system.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file or not is_launcher(os.getppid()):
+        raise FileNotFoundError
+    place = os.fstat(sys.stderr.fileno())  # the launcher may redirect or drop what some processes print
+    name = hashlib.sha256(f"{place.st_dev} {place.st_ino} {text}".encode()).hexdigest()
+    return Path(error_file).parent.with_name(f"printed-{name}")
 
 
 def _write_exit_file(status: int, mode: str = "w") -> None:

@@ -444,11 +444,9 @@ def run_script(
 def announce_traceback(status: int) -> None:
     """Says what the traceback means that a launcher is going to print because this script failed."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-    if launched and os.environ.get("RANK", "0") == "0":
-        print(
-            f"(A traceback of the launcher follows. It only says that this script ended with {status}.)",
-            file=sys.stderr,
-        )
+    if launched:
+        line = f"A traceback of the launcher follows. It only says that this script ended with {status}."
+        stopping.print_once(f"({line})")
 
 
 def exit_status(
@@ -472,7 +470,7 @@ def exit_status(
         return NON_FINITE_EXIT
     number = sum(not text.startswith(" ") for text in problems)  # an indented line belongs to the one before
     lines = [f"{Path(sys.argv[0]).name}: {plural(number, 'problem')}", *(f"  {one_line(text)}" for text in problems)]
-    print(*lines, sep="\n", file=sys.stderr)
+    stopping.print_once(*lines)
     return USAGE_EXIT
 
 
