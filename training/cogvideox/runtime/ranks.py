@@ -287,7 +287,8 @@ class Consensus:
     Ranks wait for each other only where gradients are summed. A rank that was asked to stop must not leave the others
     waiting in that all-reduce. So before a rank sums, it writes to the store that all ranks take this step, unless
     another rank has already written that all stop. The write is a compare-and-set, so one rank wins. It takes a tenth
-    of a millisecond and does not wait for a device.
+    of a millisecond and does not wait for a device. A rank that is asked to stop in a step that all take writes that
+    none takes the next one.
     """
 
     def __init__(self, store: dist.Store | None) -> None:
@@ -321,6 +322,10 @@ class Consensus:
         if step != self.step:
             self.written = self._write_first(f"{step} {wish}")
             self.step, self.decision = step, self.written.split()[1]
+        elif stopping.requested():
+            # All ranks take this step. None can decide about the next one before this rank's gradients are summed, so
+            # this is in time, while at the start of the next step another rank may always be faster.
+            self._write_first(f"{step + 1} {STOP}")
         if self.decision == STOP:
             stopping.stop()
         return self.decision
