@@ -64,5 +64,6 @@ def _protected(stream: Any, number: int) -> io.TextIOWrapper:
 def output_problem() -> str:
     """Returns why a part of the standard output is missing, or "" if it is complete or its reader has ended."""
     sys.stdout.flush()
-    error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
-    return "" if error is None or error.errno == errno.EPIPE else os.strerror(error.errno)
+    file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    number = file.error.errno if isinstance(file, ConsoleFile) and file.error else None
+    return "" if number in (None, errno.EPIPE) else os.strerror(number)

@@ -2,8 +2,8 @@
 
 ``write_atomically`` leaves a complete file or the old one, whenever the process dies. ``disk_errors_converted`` and
 ``what_is_safe`` convert errors of a disk into a DiskError with the folder, the reason and the space. The functions
-below them delete temporary files of processes that died. The modules that this one needs are those of the standard
-library, and of this project only such as need no others either.
+below them delete temporary files of processes that died. This module imports only the standard library, and modules of
+this project that do the same.
 """
 
 import errno
