@@ -168,6 +168,19 @@ def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("csv", 'text,video\n,\nx,a.mp4\n,,,\n\n , \n"",""\nnan,\ny,b.mp4\n,\n'),
+        ("tsv", "\t\ntext\tvideo\nx\ta.mp4\n\t\ny\tb.mp4\n\t\t\t\n"),
+        ("jsonl", '{"text": "x", "video": "a.mp4"}\n{"text": null, "video": " "}\n{}\n{"text": "y", "video": "b.mp4"}'),
+    ],
+    ids=["csv", "tsv", "jsonl"],
+)
+def test_blank_rows_are_skipped(tmp_path: Path, suffix: str, text: str) -> None:
+    assert captions(tmp_path, **table(tmp_path, text, suffix)) == ["x", "y"]
+
+
 @pytest.mark.fault("data: a quotation mark in a table that is never closed")
 def test_a_quote_that_is_never_closed_hides_no_rows(tmp_path: Path) -> None:
     found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))

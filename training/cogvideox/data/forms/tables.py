@@ -215,7 +215,10 @@ def separator_of(usual: str, lines: Lines) -> str:
 
 
 def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[range, list[str]]]:
-    """Yields the rows that are not blank, each as the indices of its lines, counted from 0, and its cells."""
+    """Yields the rows that are not blank, each as the indices of its lines, counted from 0, and its cells.
+
+    Spreadsheets write blank rows as separators only, and not always as many as the header has.
+    """
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num
@@ -227,7 +230,7 @@ def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> It
             fix = "put quotes around cells with quotes or line breaks, and double the quotes in them"
             problems.add("malformed row", f"{file}:{start + 1}: malformed row ({error}); {fix}")
             continue
-        if cells and (len(cells) > 1 or cells[0].strip()):
+        if not all(map(is_blank, cells)):
             yield range(start, reader.line_num), cells
 
 
@@ -292,9 +295,11 @@ def _json_error(error: Exception) -> str:
 
 
 def _objects(file: str, values: list[object], numbers: Sequence[int], joint: str, problems: Problems) -> Table:
-    """Returns the table of the values that are objects, and reports the others. Its columns are all their keys."""
+    """Returns the table of the objects that are not blank, and reports other values. Its columns are all their keys."""
     table = Table(file, [], [], kept := [], joint)
     for number, value in zip(numbers, values, strict=True):
+        if isinstance(value, dict) and all(map(is_blank, value.values())):
+            continue
         if isinstance(value, dict):
             table.rows.append(value)
             kept.append(number)
