@@ -403,6 +403,15 @@ def test_many_clips_without_captions_are_one_line(tmp_path: Path) -> None:
     assert found.endswith("; prepare_dataset.py --dry_run and --suggest_buckets work without captions")
 
 
+def test_files_that_may_be_the_missing_captions_are_named_by_their_ending(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"IMG_{k:04d}{suffix}" for k in range(30) for suffix in (".MOV", ".Caption")))
+    (found,) = problems(tmp_path)
+    assert (
+        "has no caption; write it next to the clip, into a file of the same name that ends in .txt, not in .Caption; "
+        in found
+    )
+
+
 @pytest.mark.parametrize("form", ["pairs", "list", "blank lines", "table", "blank cells"])
 def test_captions_may_be_missing_in_every_form_where_none_are_needed(tmp_path: Path, form: str) -> None:
     touch(tmp_path, "a.mp4", "b.mp4")

@@ -388,6 +388,8 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
             problems.add(f"{kind} of one name", f"{root}: {_same_names(kind, names)}")
     if not texts:
         fix = "write it next to the clip, into a file of the same name that ends in .txt"
+        if stem in scan.others:  # such as .caption, which other trainers read
+            fix += f", not in {os.path.splitext(scan.others[stem][0])[1]}"
         problems.add(NO_CAPTION, f"{root}: {media[0]}: has no caption; {fix}; {WITHOUT_CAPTIONS}")
     if not media and stem in scan.others:
         other = scan.others[stem][0]
