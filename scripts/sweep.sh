@@ -23,6 +23,7 @@ words() {
   [[ $(declare -p "$1" 2> /dev/null) != "declare -a"* ]] || return 0
   local -n words_=$1
   local given=${!1-}
+  [[ $1 == EXTRA_FLAGS || $given != *,* ]] || { say "$1=$given: has commas; separate values by spaces"; exit 2; }
   if [[ $given ]]; then read -r -d '' -a words_ <<< "$given" || true; else words_=("${@:2}"); fi
 }
 

@@ -145,6 +145,14 @@ def test_a_dry_run_prints_commands_that_the_scripts_take(path, sandbox):
     assert sandbox.calls() == []
 
 
+@pytest.mark.parametrize(("path", "name"), [(LORA, "LEARNING_RATES"), ("prepare_dataset.sh", "HEIGHT_BUCKETS")])
+def test_commas_between_values_are_refused_in_a_dry_run_too(path, name, sandbox):
+    done = sandbox.run(path, DRY_RUN=1, **{name: "480, 720"})
+    assert done.returncode == 2
+    assert f"{name}=480, 720: has commas; separate values by spaces" in done.stderr
+    assert sandbox.run(path, DRY_RUN=1, EXTRA_FLAGS="--id_token a,b").returncode == 0
+
+
 def test_the_sweep_of_the_guide(sandbox):
     done = sandbox.run(LORA)
     assert done.returncode == 0, done.stderr
