@@ -19,9 +19,7 @@ words FRAME_BUCKETS 49
 words EXTRA_FLAGS
 setting NUM_GPUS 1
 setting MODEL THUDM/CogVideoX-5b
-setting DATA_ROOT ./video-dataset-disney
-setting CAPTION_COLUMN prompt.txt
-setting VIDEO_COLUMN videos.txt
+data_set
 setting OUTPUT_DIR ./video-dataset-disney-prepared
 setting ID_TOKEN BW_STYLE  # is added to the captions here, because training with --load_tensors does not add it
 setting MAX_NUM_FRAMES 49
@@ -41,7 +39,7 @@ fi
 COMMAND+=(
   training/prepare_dataset.py
   --model_id "$MODEL" --output_dir "$OUTPUT_DIR"
-  --data_root "$DATA_ROOT" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN" --id_token "$ID_TOKEN"
+  "${DATA_FLAGS[@]}" --id_token "$ID_TOKEN"
   --height_buckets "${HEIGHT_BUCKETS[@]}" --width_buckets "${WIDTH_BUCKETS[@]}"
   --frame_buckets "${FRAME_BUCKETS[@]}" --max_num_frames "$MAX_NUM_FRAMES"
   --max_sequence_length "$MAX_SEQUENCE_LENGTH"

@@ -33,6 +33,18 @@ tool() {
   dry_run || command -v -- "${!1}" > /dev/null || { say "${!1}: not found; pip install -r requirements.txt"; exit 2; }
 }
 
+# data_set: sets DATA_FLAGS to the folder of clips. That of the guide has lists; the form of another one is detected.
+data_set() {
+  setting DATA_ROOT ./video-dataset-disney
+  if [[ $DATA_ROOT == ./video-dataset-disney ]]; then
+    setting CAPTION_COLUMN prompt.txt
+    setting VIDEO_COLUMN videos.txt
+  fi
+  DATA_FLAGS=(--data_root "$DATA_ROOT")
+  [[ ! ${CAPTION_COLUMN-} ]] || DATA_FLAGS+=(--caption_column "$CAPTION_COLUMN")
+  [[ ! ${VIDEO_COLUMN-} ]] || DATA_FLAGS+=(--video_column "$VIDEO_COLUMN")
+}
+
 check_data() {
   [[ -d $DATA_ROOT ]] && return
   say "DATA_ROOT $DATA_ROOT: there is no such folder; to download the data set of the guide:"
@@ -67,9 +79,7 @@ settings() {
   words EXTRA_FLAGS  # come last, because the last value of a flag counts
   setting ACCELERATE_CONFIG_FILE accelerate_configs/uncompiled_1.yaml
   setting MODEL THUDM/CogVideoX-5b
-  setting DATA_ROOT ./video-dataset-disney
-  setting CAPTION_COLUMN prompt.txt
-  setting VIDEO_COLUMN videos.txt
+  data_set
   setting OUTPUT_ROOT ./runs
   setting MAX_NUM_FRAMES 49
   setting MIXED_PRECISION bf16
@@ -88,7 +98,7 @@ settings() {
 flags() {
   FLAGS=(
     --pretrained_model_name_or_path "$MODEL" --output_dir "$output_dir"
-    --data_root "$DATA_ROOT" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN"
+    "${DATA_FLAGS[@]}"
     --height_buckets "${HEIGHT_BUCKETS[@]}" --width_buckets "${WIDTH_BUCKETS[@]}"
     --frame_buckets "${FRAME_BUCKETS[@]}" --max_num_frames "$MAX_NUM_FRAMES"
     --dataloader_num_workers "$DATALOADER_NUM_WORKERS" --pin_memory

@@ -153,6 +153,16 @@ def test_commas_between_values_are_refused_in_a_dry_run_too(path, name, sandbox)
     assert sandbox.run(path, DRY_RUN=1, EXTRA_FLAGS="--id_token a,b").returncode == 0
 
 
+@pytest.mark.parametrize("path", [LORA, "prepare_dataset.sh"])
+def test_lists_are_named_only_if_they_are_those_of_the_guide_or_given(path, sandbox):
+    for given in ({}, {"CAPTION_COLUMN": "a b.txt"}):
+        done = sandbox.run(path, DRY_RUN=1, DATA_ROOT="my-clips", **given)
+        assert done.returncode == 0, done.stderr
+        options, _ = read(shlex.split(done.stdout.splitlines()[0]))
+        columns = options.data.data_root, options.data.caption_column, options.data.video_column
+        assert columns == (("my-clips",), given.get("CAPTION_COLUMN"), None)
+
+
 def test_the_sweep_of_the_guide(sandbox):
     done = sandbox.run(LORA)
     assert done.returncode == 0, done.stderr
