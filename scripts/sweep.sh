@@ -151,9 +151,14 @@ sweep() {
   ((${#FAILED[@]} == 0)) || { printf '%s\n' "failed:" "${FAILED[@]}" >&2; exit 1; }
 }
 
-# run OUTPUT_DIR COMMAND...: runs a training unless it is finished. A failure is recorded. A stopped run ends the sweep.
+# run OUTPUT_DIR COMMAND...: runs a training unless its folder has a finished one. A failure is recorded. A stopped run
+# ends the sweep.
 run() {
-  if [[ -f $1/recipe.json ]]; then say "finished already, skipped: $1"; return; fi
+  if [[ -f $1/recipe.json ]]; then
+    say "finished already, skipped even if other settings have changed: $1"
+    say "  to train it again, remove this folder or set another OUTPUT_ROOT"
+    return
+  fi
   if dry_run; then show "${@:2}"; return; fi
   say "running: $(show "${@:2}")"
   local status

@@ -334,7 +334,8 @@ def test_finished_runs_are_skipped(sandbox):
     assert len(sandbox.calls()) == 2
     done = sandbox.run(LORA, STUB=finish)
     assert done.returncode == 0
-    assert done.stderr.count("finished already, skipped") == 2
+    assert done.stderr.count("finished already, skipped even if other settings have changed: ./runs/") == 2
+    assert done.stderr.count("to train it again, remove this folder or set another OUTPUT_ROOT") == 2
     assert [value(command, "--optimizer") for command in sandbox.calls()] == ["adam", "adam", "adamw", "adamw"]
 
 
