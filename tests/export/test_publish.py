@@ -16,10 +16,19 @@ from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cogvideox.config.flags import ModelFlags
 from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED
 from cogvideox.export import card, publish
 from cogvideox.export.card import CARD_NAME
-from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare_outputs, preserves_effect
+from cogvideox.export.publish import (
+    INFERENCE_NAME,
+    MIN_COSINE,
+    RECIPE_NAME,
+    command_of,
+    compare_outputs,
+    preserves_effect,
+)
+from cogvideox.model.tasks import IMAGE_NAME, ImageToVideo, Task, TextToVideo
 
 # -- compared ----------------------------------------------------------------------------------------------------------
 
@@ -202,6 +211,23 @@ def test_the_command_reads_the_base_model_from_the_folder_of_the_run(
     assert train(lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1, *hub)) == 0
     (command,) = re.findall("to use it: (.+)", capsys.readouterr().err)
     assert shlex.split(command) == [f"HF_HUB_CACHE={cache}", "python", str(output / INFERENCE_NAME)]
+
+
+@pytest.mark.parametrize(
+    ("task", "images", "flags"),
+    [
+        (TextToVideo, [], []),
+        (ImageToVideo, [], ["--image", "first_frame.png"]),
+        (ImageToVideo, [IMAGE_NAME.format(0)], []),
+    ],
+)
+def test_the_command_names_a_first_frame_if_the_run_had_none(
+    tmp_path: Path, task: type[Task], images: list[str], flags: list[str]
+) -> None:
+    for name in images:
+        (tmp_path / name).touch()
+    command = command_of(ModelFlags(str(tmp_path)), task, tmp_path / INFERENCE_NAME)
+    assert shlex.split(command) == ["python", str(tmp_path / INFERENCE_NAME), *flags]
 
 
 def test_the_recipe_says_how_it_was_made(reference: Path) -> None:

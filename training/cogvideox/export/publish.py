@@ -31,7 +31,7 @@ from cogvideox.export.inference_code import inference_script
 from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
 from cogvideox.files import disk_errors_converted, fsync, removed_on_failure, write_atomically
 from cogvideox.model.methods import Lora, Method
-from cogvideox.model.tasks import Task
+from cogvideox.model.tasks import IMAGE_NAME, Task
 from cogvideox.planning.execution import base_precision
 from cogvideox.planning.layerwise import run_layer_by_layer
 from cogvideox.runtime.run import Run, environment
@@ -98,17 +98,22 @@ def publish(
             complete = write_pipeline(options.model, task.pipeline, folder / method.result)
             run.say(f"a complete pipeline, for {task.pipeline}.from_pretrained: {complete}")
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
-        run.say(f"finished: {folder / method.result}; to use it: {command_of(options.model, folder / INFERENCE_NAME)}")
+        command = command_of(options.model, task, folder / INFERENCE_NAME)
+        run.say(f"finished: {folder / method.result}; to use it: {command}")
         files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
     run.barrier()
     return files
 
 
-def command_of(model: ModelFlags, script: Path) -> str:
-    """Returns the command that makes a video with the base model from the folder that the run has read it from."""
+def command_of(model: ModelFlags, task: Task | type[Task], script: Path) -> str:
+    """Returns the command that makes a video with the base model from the folder that the run has read it from.
+
+    For image-to-video, it names a first frame if the run had no validation image, which is the default one.
+    """
     cache = model.cache_dir if not Path(model.pretrained_model_name_or_path).is_dir() else None
     where = f"HF_HUB_CACHE={quote(cache)} " if cache else ""
-    return f"{where}python {quote(str(script))}"
+    lacks_image = "image" in task.inference["names"] and not (script.parent / IMAGE_NAME.format(0)).is_file()
+    return f"{where}python {quote(str(script))}" + (" --image first_frame.png" if lacks_image else "")
 
 
 def files_of(result: Path) -> list[Path]:
