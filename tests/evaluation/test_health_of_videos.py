@@ -65,14 +65,18 @@ def test_a_run_measures_its_videos_once(
     assert len(RunFiles(tmp_path).steps) == 2
 
 
-def test_videos_of_another_prompt_are_measured_again(
+def test_videos_are_measured_again_if_prompts_are_changed_or_added(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers of the first prompt's videos go with them, also those of step 0, which is not rendered again."""
-    values = iter([0.25, 0.5, 0.75])
+    """The numbers of a prompt's videos go with them, also those of step 0, which is not rendered again.
+
+    If a prompt is added, the numbers of the step become the means over all prompts.
+    """
+    values = iter([0.25, 0.5, 0.75, 0.25])
     monkeypatch.setattr(Validator, "sample", lambda *_: torch.full((1, 9, 3, 64, 96), next(values)))
     flags = lora_flags(model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 2, "--validation_prompt")
-    for prompt, wanted in ((PROMPT, {0: 0.25, 2: 0.5}), ("another prompt", {2: 0.75})):
+    prompts = {PROMPT: {0: 0.25, 2: 0.5}, "another prompt": {2: 0.75}, "another prompt:::a third": {2: 0.5}}
+    for prompt, wanted in prompts.items():
         assert train([*flags, prompt]) == 0
         records = read_records(tmp_path / METRICS_NAME)
         brightness = dict(zip(*column(records, "validation_brightness"), strict=True))

@@ -187,6 +187,19 @@ def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: P
     assert videos(tmp_path) == {"older-0": [4]}
 
 
+def test_videos_of_a_prompt_stay_if_others_are_added_or_removed(tmp_path: Path) -> None:
+    bare(tmp_path, texts=["a"]).set_aside_stale(0, 4, {})
+    fill(tmp_path, 0, 2)
+    both = bare(tmp_path, texts=["a", "b"])
+    both.set_aside_stale(2, 4, {})
+    assert videos(tmp_path) == {FOLDER: [0, 2]}
+    both.path(4, 1, 0).touch()
+    bare(tmp_path, texts=["a"]).set_aside_stale(2, 4, {})
+    assert videos(tmp_path) == {FOLDER: [0, 2], "older-0": [4]}
+    bare(tmp_path, texts=["b", "a"]).set_aside_stale(2, 4, {})  # The number of the prompt is part of the names.
+    assert videos(tmp_path) == {"older-0": [4], "older-1": [0, 2]}
+
+
 def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
     """The content of the image counts, not its name."""
     image = tmp_path / "image-0.png"
@@ -439,6 +452,15 @@ def test_videos_of_other_settings_are_made_again(
     assert train([*flags, "--guidance_scale", "2", "--learning_rate", "1e-3", "--max_train_steps", "1"]) == 0
     assert videos(output) == {FOLDER: [0, 1], "older-0": [0, 6], "older-1": [6]}
     assert len(sampled) == 3
+
+
+def test_a_prompt_that_is_added_to_a_finished_run_gets_its_video(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, sampled: list[tuple[int, int, torch.Tensor]]
+) -> None:
+    output = Path(shutil.copytree(reference, tmp_path / "lora"))
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", f"{PROMPT}:::a disc")) == 0
+    assert videos(output) == {FOLDER: [0, 6, 6]}
+    assert [prompt for prompt, *_ in sampled] == [1]
 
 
 def test_a_run_without_prompts_loads_neither_t5_nor_the_vae(

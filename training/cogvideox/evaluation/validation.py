@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,20 @@ def to_uint8_frames(video_BFCHW: Tensor) -> Tensor:
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
-def without_recipe_entries(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the settings of videos whose recipe lacks the named entries."""
-    recipe = settings.get("recipe", {})
-    return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
+def settings_of_all(settings: dict[str, Any], allowed: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the settings of videos that do not belong to one prompt, without the allowed entries of the recipe."""
+    validation, recipe = settings.get("validation", {}), settings.get("recipe", {})
+    return {
+        "validation": {name: value for name, value in validation.items() if name != "images"},
+        "recipe": {name: value for name, value in recipe.items() if name not in allowed},
+        "total_steps": settings.get("total_steps"),
+    }
+
+
+def settings_of_prompts(settings: dict[str, Any]) -> dict[int, tuple[str, str | None]]:
+    """Returns each prompt, and the hash of its image for image-to-video, by the number in the names of its videos."""
+    images = settings.get("validation", {}).get("images", [])
+    return dict(enumerate(zip_longest(settings.get("prompts", []), images)))
 
 
 def interrupt_after_step(
@@ -200,7 +211,8 @@ class Validator:
                 thus the learning rate schedule, has changed, and if their steps are repeated.
             total_steps: Number of optimizer steps in the run.
             recipe: The settings that decide the result. All videos made with other settings, or with other values of
-                ``DECIDING_FLAGS``, are outdated, except for settings in --allow_changed.
+                ``DECIDING_FLAGS``, are outdated, except for settings in --allow_changed. So are those of another prompt
+                or image.
         """
         folder = self.run.output_dir / FOLDER
         images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
@@ -215,14 +227,19 @@ class Validator:
             # Earlier versions wrote all flags of validation.
             previous["validation"] = {n: v for n, v in previous.get("validation", {}).items() if n in flags}
             allowed = (*self.options.train.allow_changed, EARLIER)
-            same_recipe = without_recipe_entries(
-                allowed, {**previous, "total_steps": total_steps}
-            ) == without_recipe_entries(allowed, settings)
-            repeats_none = previous == settings or first_step == total_steps
+            extended = {**previous, "total_steps": total_steps}
+            same_recipe = settings_of_all(extended, allowed) == settings_of_all(settings, allowed)
+            repeats_none = settings_of_all(previous) == settings_of_all(settings) or first_step == total_steps
             last_good = (math.inf if repeats_none else first_step) if same_recipe else -1
-            stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
+            then, now = settings_of_prompts(previous), settings_of_prompts(settings)
+            stale = [
+                video
+                for video in folder.glob("step-*_prompt-*.mp4")
+                if self.step_of(video) > last_good or then.get(self.prompt_of(video)) != now.get(self.prompt_of(video))
+            ]
             # Their numbers go first. If the process is killed before the videos are moved, the next run moves them.
-            if steps := {int(video.name[5:11]) for video in stale}:
+            # The first step gets videos of new prompts, too.
+            if steps := {self.step_of(video) for video in stale} | ({first_step} if then != now else set()):
                 metrics = self.run.output_dir / METRICS_NAME
                 keep_records(metrics, lambda record: MOTION not in record or record["step"] not in steps)
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
@@ -338,7 +355,17 @@ class Validator:
         """Returns the paths of the first video of a prompt, by the step after which each was rendered."""
         first = self.path(0, prompt, 0)
         found = first.parent.glob(f"step-*_{first.name.partition('_')[2]}")
-        return {int(path.name[5:].partition("_")[0]): path for path in found}
+        return {self.step_of(path): path for path in found}
+
+    @staticmethod
+    def step_of(video: Path) -> int:
+        """Returns the step in the name of a video."""
+        return int(video.name.split("_")[0].removeprefix("step-"))
+
+    @staticmethod
+    def prompt_of(video: Path) -> int:
+        """Returns the index of the prompt in the name of a video."""
+        return int(video.name.split("_")[1].removeprefix("prompt-"))
 
     @torch.no_grad()
     def decode(self, moments_CFHW: Tensor) -> np.ndarray:
