@@ -188,6 +188,17 @@ def test_changed_data_are_named_clip_by_clip(model: Path, tensors: Path, again: 
     text = refused(flags)
     assert "2 clips added (new-0, new-1), 3 clips removed (" in text
     assert f"1 clip changed ({samples[2]['id']})" in text
+    assert "prepared with other flags" not in text
+    flags_then = json.loads((tensors / "index.json").read_text())["recipe"]
+    other = {"id_token": None, "train_resolution": ["9x64x96", "1x64x96"], "video_reshape_mode": "center"}
+    edit_json(fewer / "index.json", recipe=flags_then | other)
+    rule, *changed = refused(flags).splitlines()
+    assert f"1 clip changed ({samples[2]['id']}); they were prepared with other flags; give the same data, or" in rule
+    assert changed == [
+        "  --id_token: TOKEN there, not set now",
+        "  --train_resolution: not set there, 9x64x96 1x64x96 now",
+        "  --video_reshape_mode: none there, center now",
+    ]
     (again / SAMPLES_NAME).unlink()
     assert "was trained on other data: clips or captions differ; give" in refused(flags)
 

@@ -46,6 +46,7 @@ from cogvideox.runtime.checkpoint_files import (
 from cogvideox.runtime.run import METRICS_NAME, Run
 
 SAMPLES_NAME = "samples.json"
+PREPARED = "prepared"  # the entry of samples.json with the flags of the preparation
 DATA = "data"  # the entry of a recipe that names the samples
 # The entry of a recipe with what --allow_changed replaced: a list of {"until": step, name of an entry: its value then}.
 EARLIER = "earlier"
@@ -269,11 +270,15 @@ def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOpt
     free = {DATA, *options.train.allow_changed}
     changed = {name: pair for name, pair in changes(start.recipe, now).items() if name not in free}
     if changed:
-        differences = [
-            f"  {setting(name)}: {shown(old)} there, {shown(new)} now" for name, (old, new) in changed.items()
-        ]
         hint = continue_hint(start, list(changed), options)
-        raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
+        rule = f"{start.folder}: was made with other settings; give them again, or {hint}"
+        raise UsageError([rule, *(f"  {line}" for line in there_and_now(changed))])
+
+
+def there_and_now(changed: Mapping[str, tuple[object, object]]) -> Iterator[str]:
+    """Yields, for a message, both values of each setting of ``changes``."""
+    for name, (old, new) in changed.items():
+        yield f"{setting(name)}: {shown(old)} there, {shown(new)} now"
 
 
 def setting(name: str) -> str:
@@ -294,7 +299,9 @@ def common_settings(options: TrainOptions, recipe: Mapping[str, object]) -> dict
 
 def shown(value: object) -> str:
     """Returns a value of a recipe for messages."""
-    return "not set" if value is None else str(value)
+    if isinstance(value, list) and value:
+        return " ".join(map(str, value))
+    return "not set" if value in (None, []) else str(value)
 
 
 def as_written_now(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
@@ -331,22 +338,27 @@ def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptio
     if same or DATA in options.train.allow_changed:
         return
     assert start.folder is not None
-    difference = data_difference(start, index)
-    hint = continue_hint(start, [DATA], options)
-    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {hint}")
+    written = read_samples(start)
+    difference = data_difference(written["samples"], index) if written else "clips or captions differ"
+    flags = changes(written.get(PREPARED, index.recipe), index.recipe)  # earlier versions did not write them
+    other = "; they were prepared with other flags" if flags else ""
+    rule = f"{start.folder}: was trained on other data: {difference}{other}; give the same data, or "
+    raise UsageError([rule + continue_hint(start, [DATA], options), *(f"  {line}" for line in there_and_now(flags))])
 
 
-def data_difference(start: StartPoint, index: CacheIndex) -> str:
-    """Returns, for a message, how the samples differ from those of a checkpoint, as far as samples.json has them."""
+def read_samples(start: StartPoint) -> dict[str, Any]:
+    """Returns the content of samples.json; empty if it is missing, damaged, or belongs to another checkpoint."""
     assert start.folder is not None
     try:
-        written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
-        then: dict[str, str] = dict(written["samples"])
-        known = written["fingerprint"] == start.recipe.get(DATA)
+        written: dict[str, Any] = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
+        known = isinstance(written["samples"], dict) and written["fingerprint"] == start.recipe.get(DATA)
     except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        return "clips or captions differ"  # samples.json is missing, or belongs to another checkpoint
+        return {}
+    return written if known else {}
+
+
+def data_difference(then: Mapping[str, str], index: CacheIndex) -> str:
+    """Returns, for a message, how the samples differ from those of a checkpoint, whose digests are given by id."""
     now = index.digests
     groups = {
         "added": [name for name in now if name not in then],
@@ -363,7 +375,7 @@ def listed(names: list[str]) -> str:
 
 
 def write_samples(output_dir: Path, index: CacheIndex) -> None:
-    """Writes samples.json, the samples that a run is trained on, so that a resumed run can report changes."""
+    """Writes samples.json, the samples that a run is trained on and how they were prepared, to report changes later."""
     captions = {sample.id: sample.caption for sample in index.samples}
-    content = {"fingerprint": index.fingerprint, "samples": index.digests, "captions": captions}
+    content = {"fingerprint": index.fingerprint, "samples": index.digests, "captions": captions, PREPARED: index.recipe}
     write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())
