@@ -582,9 +582,10 @@ SLOW_DISK = """
 import shutil, torch
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from cogvideox import files, tensor_files
 from cogvideox.optimizer import shard_files
-from cogvideox.runtime import checkpoint_files
+from cogvideox.runtime import checkpoint_files, run
 from cogvideox.runtime.ranks import Ranks, start_processes
 ranks = Ranks(start_processes(), 2)
 ranks.wait_for_everyone()
@@ -594,6 +595,8 @@ def slowly(*_, **__):
     if int(sys.argv[2]): os.kill(os.getpid(), int(sys.argv[2]))
     time.sleep(3)
 os.fsync = shutil.rmtree = tensor_files.write_hashed = slowly
+run.open = lambda *_: slowly() or open(os.devnull, "a")
+main = SimpleNamespace(output_dir=path.parent, accelerator=SimpleNamespace(log=lambda *_, **__: None))
 shards = {"a": shard_files.Shard(one, one.shape)}
 shared = partial(shard_files.write_shards, path, shards, True, shard_files.own_or_raise)
 for work in (
@@ -602,6 +605,7 @@ for work in (
     partial(tensor_files.write_tensors, path, tensor_files.pieces_of({"a": one})),
     shared,
     partial(checkpoint_files.remove, path.with_name("checkpoint-1")),
+    partial(run.write_metrics, main, {"step": 1}),
 ):
     if ranks.process_index == 1:
         work()

@@ -488,7 +488,8 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     numbers = {name: value for name, value in record.items() if name not in (*lists, *texts)}
     line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()} | texts
     line |= {name: [finite(value) for value in values] for name, values in lists.items()}
-    with disk_errors_converted(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
+    metrics = run.output_dir / METRICS_NAME
+    with disk_errors_converted(run.output_dir), stopping.disk_work(), open(metrics, "a") as file:
         file.write(json.dumps(line) + "\n")
     numbers |= {f"{name}/{index}": value for name, values in lists.items() for index, value in enumerate(values)}
     run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))
