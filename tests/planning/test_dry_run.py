@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,27 @@ def test_cards_without_nvlink_exchange_divided_tokens_slowly(
     # 12 units of 8888 tokens of 3072 numbers for each of 42 blocks, or 16 where attention is computed again.
     assert seconds["h200"] == pytest.approx(12 * 42 * 8888 * 3072 * 2 / 2.4e11, rel=0.01)
     assert 6 < seconds["rtx4090"] / seconds["h200"] < 16
+
+
+@pytest.mark.parametrize("local", ["1", "2"])
+def test_gradients_are_summed_over_all_machines(
+    local: str,
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One GPU on each of two machines sums as many gradients as two GPUs of one machine."""
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+    given = ("--load_tensors", "--gpu", "h200", "--host_memory", "400", "--train_batch_size", "1")
+    seconds = []
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", min(local, processes))
+        assert predict(published, index, tmp_path / "out", *given, script=TEXT_SFT) == 0
+        seconds.append(number(r"([\d.]+) s a step, ", capsys.readouterr().out))
+    assert seconds[1] - seconds[0] > 0.16
 
 
 # -- data and steps ----------------------------------------------------------------------------------------------------
@@ -346,6 +368,25 @@ def test_checkpoints_by_the_clock_are_predicted(
     text = capsys.readouterr().out
     seconds = number(r"time \(predicted\): ([\d.]+) s a step", text)
     assert number(r"(\d+) checkpoints of", text) == pytest.approx(1 + 400 * seconds / 120, abs=1)
+
+
+def test_compilation_is_predicted_for_each_bucket_whose_samples_are_divided(
+    published: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buckets, found = [Bucket(49, 480, 720), Bucket(49, 720, 480), Bucket(25, 480, 720)], {}
+    samples = open_index(index).samples
+    mixed = [replace(sample, bucket=buckets[i % 3]) for i, sample in enumerate(samples)]
+    replace(open_index(index), samples=tuple(mixed)).save(tmp_path)
+    flags = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--max_train_steps", "2", "--plan", "fast"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for divided in ("1", "2"):
+        for data in (index, tmp_path):
+            given = [*flags, "--sequence_parallel", divided]
+            assert predict(published, data, tmp_path / "out", *given) == 0
+            text = capsys.readouterr().out
+            found[divided, data] = number(r" s a step, ([\d.]+) s for 2 steps", text), "for any length" in text
+    assert found["1", tmp_path] == (pytest.approx(found["1", index][0], abs=1), True)
+    assert found["2", tmp_path] == (pytest.approx(found["2", index][0] + 12, abs=1), False)
 
 
 @pytest.mark.parametrize("wanted", ["", "--resume_from_checkpoint checkpoint-40"])

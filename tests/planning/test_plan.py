@@ -77,6 +77,22 @@ def test_an_eager_plan_compiles_nothing() -> None:
     machine = replace(FAST, device_bytes=40 * GIB)
     long, short = (choose_plan(PRESETS["auto"], replace(LORA, steps=n), machine, False, "cudnn") for n in (0, 2))
     assert long == short
+    assert long.compilation == 0
+
+
+@pytest.mark.parametrize(
+    ("parallel", "lengths", "any_length", "graphs", "levels"),
+    [(1, 1, False, 1, 2), (1, 3, True, 1, 2), (2, 1, False, 1, 2), (2, 3, False, 3, 1)],
+)
+def test_blocks_are_compiled_for_each_length_if_samples_are_divided(
+    parallel: int, lengths: int, any_length: bool, graphs: int, levels: int
+) -> None:
+    """A second level then has to save three times as much."""
+    divided = replace(LORA, tokens=LORA.tokens // parallel, sequence_parallel=parallel)
+    machine = replace(FAST, device_bytes=6 * GIB)
+    plan = choose_plan(PRESETS["auto"], replace(divided, lengths=lengths, steps=300), machine, True, "cudnn")
+    assert len({block.keep for block in plan.blocks}) == levels
+    assert (plan.any_length, plan.compilation) == (any_length, 12 * levels * graphs)
 
 
 def test_divided_tokens_take_less_memory_and_time() -> None:
@@ -196,7 +212,7 @@ def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -
         "peak": lambda kinds, state: costs(kinds, state, sizes).peak_bytes,
         "host": lambda kinds, state: costs(kinds, state, sizes).host_bytes,
         "seconds": lambda kinds, state: Timeline(costs(kinds, state, sizes), FAST).seconds(),
-        "compilation": lambda kinds, state: compile_seconds(kinds, True, replace(sizes, steps=10)),
+        "compilation": lambda kinds, state: compile_seconds(kinds, True, sizes),
     }
     for name, state in itertools.product(predict, (DEVICE, HOST)):
         at_once = predict[name](kinds, state)

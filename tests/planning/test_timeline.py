@@ -299,9 +299,12 @@ def test_copies_limit_a_step_that_moves_more_than_it_computes() -> None:
 
 def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
     resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
-    one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(SFT, shards=4))
-    zero = replace(SFT, shards=4, deepspeed=True)
-    assert seconds_of(resident, sizes=replace(SFT, ranks=4)) > one + 0.1  # also if each has all weights
+    several = replace(SFT, processes=4)
+    one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(several, shards=4))
+    zero = replace(several, shards=4, deepspeed=True)
+    copies = seconds_of(resident, sizes=several)  # each process has all weights
+    assert copies > one + 0.1
+    assert seconds_of(resident, sizes=replace(several, ranks=4)) == copies  # of one machine or of several
     assert one < fsdp < seconds_of(resident, sizes=zero)
     assert seconds_of(resident, sizes=replace(zero, shards_on_host=True)) > seconds_of(resident, sizes=zero) + 0.5
 

@@ -27,9 +27,11 @@ def mixture(kinds: Mapping[BlockPlan, int]) -> tuple[BlockPlan, ...]:
 
 
 def compile_seconds(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
-    """Returns the seconds of compilation per optimizer step of the run, if nothing has been compiled before."""
+    """Returns the seconds of compilation, if nothing has been compiled before."""
     levels = sum(sum(n for kind, n in kinds.items() if kind.keep == level) > 0 for level in LEVELS)
-    return LEVEL_SECONDS * levels / sizes.steps if compiled and sizes.steps else 0.0
+    # Where attention is divided, graphs have the number of all tokens as a constant; otherwise one serves all buckets.
+    graphs = levels * (sizes.lengths if sizes.sequence_parallel > 1 else 1)
+    return LEVEL_SECONDS * graphs if compiled else 0.0
 
 
 def mixtures(axes: Axes, sizes: Sizes) -> dict[BlockPlan, Array]:
@@ -67,10 +69,8 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
     seconds = np.full(peaks.shape, np.inf)
     for one, fits, times in zip(costs, fitting, seconds, strict=True):
         times[fits] = Timeline(one.only(fits), machine).seconds()
-    spread, copied = (
-        seconds + compile_seconds(kinds, compiled, sizes),
-        of_all(kinds, [c.all_copied_bytes for c in costs]),
-    )
+    spread = seconds + (compile_seconds(kinds, compiled, sizes) / sizes.steps if sizes.steps else 0.0)
+    copied = of_all(kinds, [c.all_copied_bytes for c in costs])
     fast = np.argwhere(spread <= AS_FAST * spread.min())
     place, index = min(map(tuple, fast), key=lambda plan: (copied[plan], float(f"{spread[plan]:.4g}"), peaks[plan]))
     chosen = {kind: int(numbers[index]) for kind, numbers in kinds.items() if numbers[index]}
@@ -79,10 +79,12 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
         compiled,
         attention,
         axes.state[place],
+        any_length=compiled and sizes.lengths > 1 and sizes.sequence_parallel == 1,
         peak=int(peaks[place, index]),
         pinned=int(Costs(chosen, axes.state[place], compiled, sizes).pinned_bytes),
         spare_host=int(machine.host_bytes - hosts[place, index]),
         seconds=float(seconds[place, index]),
+        compilation=float(compile_seconds(chosen, compiled, sizes)),
         shards=sizes.shards,
         deepspeed=sizes.deepspeed,
         shards_on_host=sizes.shards_on_host,

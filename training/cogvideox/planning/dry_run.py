@@ -49,7 +49,6 @@ from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import has_weights, ignore_learned_positions, on_this_machine
 from cogvideox.model.tasks import Task
 from cogvideox.optimizer.step import warm_up_note
-from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
     allowed_bytes,
     base_precision,
@@ -212,13 +211,12 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
 
 def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[str]:
     """Returns the lines about a plan that fits."""
-    compilation = LEVEL_SECONDS * len({block.keep for block in plan.blocks}) * plan.compiled
     host = f"{plan.pinned / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB for each process"
     return [
         f"plan: {plan}",
         f"GPU memory (predicted): {plan.peak / GIB:.2f} of {machine.device_bytes / GIB:.2f} GiB that can be filled",
         f"pinned host memory (predicted): {host}",
-        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.left * plan.seconds + compilation)} for "
+        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.left * plan.seconds + plan.compilation)} for "
         f"{plural(run.left, 'step')}, without encoding and validation videos",
     ]
 
@@ -351,8 +349,7 @@ def plan_for(
     sizes = replace(sizes, steps=run.steps, mapped=run.dtype != torch.float32)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     chosen = choose(run, options, sizes, machine, compiled, backend)
-    any_length = compiled and len(buckets) > 1 and chosen.sequence_parallel == 1
-    return replace(chosen, any_length=any_length, base_precision=base_precision(options))
+    return replace(chosen, base_precision=base_precision(options))
 
 
 def machine_for(run: PlannedRun, options: TrainOptions, sizes: Sizes) -> tuple[Machine, str, str]:

@@ -147,9 +147,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     if precision != AUTO:
         run.say(quantization_report(transformer, precision, run.device, backend))
     predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
-    # The number of all tokens is a constant of graphs whose attention is divided.
-    any_length = compiled and len(buckets) > 1 and chosen.sequence_parallel == 1
-    return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
+    return replace(chosen, seconds=predicted, base_precision=precision)
 
 
 def choose(
@@ -235,7 +233,7 @@ def sizes_from_options(
     parallel = options.plan.sequence_parallel
     sizes = replace(sizes, tokens=-(-sizes.tokens // parallel), sequence_parallel=parallel)
     sizes = replace(sizes, device_gradient_bytes=device_gradients)
-    return replace(sizes, passes=passes)
+    return replace(sizes, passes=passes, processes=run.world)
 
 
 def host_memory_line(chosen: ExecutionPlan, machine: Machine) -> str:
@@ -376,6 +374,7 @@ def sizes_of(
         item_bytes=dtype.itemsize,
         samples=samples,
         tokens=max(map(geometry.tokens, buckets)),
+        lengths=len(set(map(geometry.tokens, buckets))),
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
         matrix_bytes=unquantized_matrix_bytes(blocks[0]) if precision != AUTO else 0,

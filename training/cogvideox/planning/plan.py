@@ -41,8 +41,10 @@ class Sizes:
     state_bytes: float = 10.0  # per trained element: what the master has beside the weight, and moments
     average_bytes: int = 0  # per trained element: the fp32 average, if there is one
     average_follows_weight: bool = False  # else it is where the state is, as the master is
-    ranks: int = 1  # processes on this host; one of them writes checkpoints, and all share frozen streamed weights
-    mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
+    lengths: int = 1  # different numbers of tokens that the samples of the buckets have
+    processes: int = 1  # of the run; they sum their gradients
+    ranks: int = 1  # processes on this host; one of them exports, and all share frozen streamed weights
+    mapped: bool = False  # loaded weights are pages of their file, which take no memory
     matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
@@ -139,6 +141,7 @@ class ExecutionPlan:
     pinned: int = 0  # pinned host memory, in bytes: this process's share
     spare_host: int = 0  # predicted bytes of this process's share of host memory that stay free while training
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
+    compilation: float = 0.0  # predicted seconds until all blocks are compiled, if nothing has been compiled before
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights
     shards_on_host: bool = False  # whether each process stores its shards in host memory

@@ -349,7 +349,7 @@ class Timeline:
             total = total + self.one_pass(1)
         if passes > 2:
             total = total + (passes - 2) * self.one_pass(2)
-        if sizes.shards > 1 or sizes.deepspeed or sizes.ranks > 1:
+        if sizes.processes > 1 or sizes.deepspeed:
             total = total + sizes.all_trained * EXCHANGE_SECONDS[sizes.deepspeed]
         return total + sizes.rows_on_host * HOST_STEP_SECONDS
 
