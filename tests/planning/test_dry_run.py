@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from hub_stand_in import in_hub_cache
 from random_models import TRANSFORMERS, vae_config
 from tiny_cogvideox import make_tiny
@@ -50,20 +51,24 @@ def configs_of(pipeline: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configs of CogVideoX-5b, without weights."""
-    folder = tmp_path_factory.mktemp("5b")
+def configs_of_kind(kind: str, folder: Path) -> Path:
+    """Writes the configs of a published model."""
     scheduler = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
     configs = {
-        "transformer/config.json": TRANSFORMERS["5b"] | {"_class_name": "CogVideoXTransformer3DModel"},
-        "vae/config.json": vae_config("5b"),
+        "transformer/config.json": TRANSFORMERS[kind] | {"_class_name": "CogVideoXTransformer3DModel"},
+        "vae/config.json": vae_config(kind),
         "scheduler/scheduler_config.json": scheduler,
     }
     for name, config in configs.items():
-        (folder / name).parent.mkdir()
+        (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configs of CogVideoX-5b, without weights."""
+    return configs_of_kind("5b", tmp_path_factory.mktemp("5b"))
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +230,35 @@ def test_a_folder_of_the_factory_needs_its_index(published: Path, tmp_path: Path
     (tmp_path / "data" / "video_latents").mkdir(parents=True)
     with pytest.raises(UsageError, match="has no index until a run has converted it"):
         predict(published, tmp_path / "data", tmp_path / "out", "--load_tensors", "--gpu", "h100")
+
+
+# -- host memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "loaded"), [("2b", "bf16", 3.2), ("2b", "fp16", 0), ("5b", "bf16", 0), ("5b", "fp16", 10.4)]
+)
+def test_weights_that_are_converted_take_host_memory_before_they_are_placed(
+    kind: str, precision: str, loaded: float, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2b is published in fp16 and all other models in bf16. Other weights are pages of their file."""
+    model = configs_of_kind(kind, tmp_path / kind)
+    flags = ["--load_tensors", "--gpu", "h100", "--host_memory", "12", "--train_batch_size", "4", "--plan", "lean"]
+    assert predict(model, index, tmp_path / "out", *flags, "--mixed_precision", precision, "--rank", "4") == 1
+    available = number(r"does not fit: .*; [\d.]+ and ([\d.]+) GiB are available", capsys.readouterr().out)
+    assert available == pytest.approx(0.9 * (12 - loaded), abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_type_of_the_weights_is_that_of_their_files(dtype: torch.dtype, tiny: Tiny, tmp_path: Path) -> None:
+    """Before they are downloaded, it is that of the published model."""
+    model = make_tiny(tmp_path / "model", "2b")
+    transformer = CogVideoXTransformer3DModel.from_pretrained(model / "transformer")
+    transformer.to(dtype).save_pretrained(model / "transformer")
+    for folder, expected in ((model, dtype), (configs_of(model, tmp_path / "configs"), torch.float16)):
+        named = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d"]
+        options = args.read_flags(LoraOptions, named, None)[0]
+        assert dry_run.stored_type(options, read_geometry(options.model)) == expected
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

@@ -525,7 +525,7 @@ def test_bytes_of_optimizer_state_per_element(
     transformer = load_transformer(options.model, torch.float32)
     run = SimpleNamespace(device=torch.device("cpu"), dtype=dtype, world=1)
     geometry = read_geometry(options.model)
-    sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
+    sizes = execution.sizes_from_options(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
     assert (sizes.state_bytes, sizes.average_bytes, sizes.average_follows_weight) == expected
     assert sizes.ranks == 2
 
@@ -538,7 +538,7 @@ def test_processes_that_divide_a_sample_count_as_one(model: Path, tensors: Path,
     for parallel, samples in ((1, 12), (3, 4)):
         flags = sft_flags(model, tensors, tmp_path, "--sequence_parallel", parallel)
         options = args.parse(SftOptions, None, flags, ())
-        sizes = execution.sizes_of_run(run, options, geometry, [bucket], transformer)
+        sizes = execution.sizes_from_options(run, options, geometry, [bucket], transformer)
         assert (sizes.sequence_parallel, sizes.tokens) == (parallel, -(-geometry.tokens(bucket) // parallel))
         assert samples_per_step(options, 6) == samples
 

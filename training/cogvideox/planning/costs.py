@@ -277,12 +277,13 @@ class Costs:
 
     @cached_property
     def host_bytes(self) -> Numbers:
-        """Returns the additional host memory; the pinned weights of streamed blocks replace the loaded ones."""
+        """Returns the host memory that is needed in addition to that of the loaded weights.
+
+        Those are pages of their file, which take no memory, or are freed when they are placed, and loaded again for the
+        export. A checkpoint needs no further memory: where there is no room for a copy (runtime/background.py), it is
+        written tensor by tensor.
+        """
         sizes = self.sizes
-        loaded = 0 if sizes.mapped else largest(0, self.streamed_bytes - sizes.block_bytes)
-        # The export loads all trained weights again. A checkpoint needs no further memory: where there is no room for a
-        # copy (runtime/background.py), it is written tensor by tensor.
-        exported = sizes.blocks * sizes.block_bytes // sizes.ranks if sizes.block_trained and not sizes.mapped else 0
         # What a device never copies is not pinned: averages, and the moments of rows.
         unpinned = self.average_at(HOST) + sizes.rows_on_host * (sizes.state_bytes + sizes.average_bytes - 4)
-        return self.pinned_bytes + unpinned - loaded + exported
+        return self.pinned_bytes + unpinned

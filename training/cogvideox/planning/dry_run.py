@@ -46,7 +46,7 @@ from cogvideox.errors import UsageError, plural
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
-from cogvideox.model.models import has_weights, ignore_learned_positions, on_this_machine
+from cogvideox.model.models import DTYPES, has_weights, ignore_learned_positions, on_this_machine, stored_dtype
 from cogvideox.model.tasks import Task
 from cogvideox.optimizer.step import warm_up_note
 from cogvideox.planning.execution import (
@@ -103,7 +103,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Describes what a run is predicted for. It has the attributes of ``execution.Target``."""
+    """Describes what a run is predicted for. It has the attributes of ``execution.Target``.
+
+    Attributes:
+        stored: The type of the model's weights in their files.
+    """
 
     geometry: Geometry
     method: type[Method]
@@ -111,6 +115,7 @@ class PlannedRun:
     dtype: torch.dtype
     world: int
     compiled: bool
+    stored: torch.dtype = torch.bfloat16
     steps: int = 0
     start: StartPoint = field(default_factory=StartPoint)
 
@@ -146,7 +151,8 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
     geometry = read_geometry(options.model)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     dtype = PRECISIONS[precision_of(options.train.mixed_precision)]
-    run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled)
+    stored = stored_type(options, geometry)
+    run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled, stored)
     if problem := content_problem(options.train):
         raise UsageError(problem)
     start = expected_start(options.train)
@@ -158,6 +164,14 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
     lines, fits = report(replace(run, steps=steps, start=start), options, samples)
     print("\n".join([*lines, *unchecked, *samples.unchecked]))
     return 0 if fits else 1
+
+
+def stored_type(options: TrainOptions, geometry: Geometry) -> torch.dtype:
+    """Returns the type of the model's weights in their files, or that of the published model if they are not here."""
+    here = on_this_machine(options.model)
+    if has_weights(here, "transformer"):
+        return DTYPES[stored_dtype(here, "transformer")]
+    return torch.bfloat16 if geometry.rotary else torch.float16  # only 2b has no rotary positions
 
 
 def settings_unchecked(
@@ -344,10 +358,12 @@ def plan_for(
     Raises:
         NoPlanError: No allowed plan fits.
     """
-    sizes = sizes_from_options(run, options, run.geometry, buckets, empty_transformer(run, options))
-    # Published weights have the compute type, so they are pages of their file.
-    sizes = replace(sizes, steps=run.steps, mapped=run.dtype != torch.float32)
+    transformer = empty_transformer(run, options)
+    sizes = replace(sizes_from_options(run, options, run.geometry, buckets, transformer), steps=run.steps)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
+    # A run measures free memory after it has loaded the weights. If these are converted, they are no pages of a file.
+    loaded = sum(p.nbytes for p in transformer.parameters()) if run.dtype != run.stored else 0
+    machine = replace(machine, host_bytes=max(0, machine.host_bytes - loaded))
     chosen = choose(run, options, sizes, machine, compiled, backend)
     return replace(chosen, base_precision=base_precision(options))
 

@@ -1,13 +1,13 @@
 """Makes the execution plan of a run and sets the transformer up for it.
 
 The idea: whether a run fits in memory, and which way of running it is fastest, depends on the model, the largest
-bucket, the flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures
-free memory and rates (``measure_all_ranks``), finds the choices that the flags leave open (``axes_of``), and lets
-choice.choose_plan compare all plans that the flags allow:
+bucket, the flags and the machine. So before the first step this module reads the sizes (``sizes_from_options``),
+measures free memory and rates (``measure_all_ranks``), finds the choices that the flags leave open (``axes_of``), and
+lets choice.choose_plan compare all plans that the flags allow:
 
-    options, buckets, transformer --> sizes_of_run      --> Sizes   --.
-    probes of two seconds         --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
-    --plan and its flags          --> axes_of           --> Axes    --'
+    options, buckets, transformer --> sizes_from_options --> Sizes   --.
+    probes of two seconds         --> measure_all_ranks  --> Machine ---+--> choose_plan --> ExecutionPlan
+    --plan and its flags          --> axes_of            --> Axes    --'
 
 ``make_plan`` returns the plan, and ``apply_plan`` moves the transformer to where the plan wants it. A ModulePlan runs
 diffusers' own blocks. It is used for everything that a Stack does not support: DoRA, LoRAs on other layers than
@@ -46,7 +46,7 @@ from cogvideox.memory.shared import Neighbors
 from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_for, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
-from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
+from cogvideox.model.models import free_device_bytes
 from cogvideox.model.sequence import SequenceGroup, to_heads
 from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.step import gradients_are_sums, rule_of, state_bytes
@@ -133,7 +133,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {why}")
     buckets, precision = buckets_of(tensors), base_precision(options)
-    sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
+    sizes = sizes_from_options(run, options, tensors.geometry, buckets, transformer)
     # Machines may have different numbers of ranks, but all ranks must choose the same plan.
     sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])), steps=steps)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
@@ -197,16 +197,6 @@ def shards_of(options: TrainOptions, world: int) -> int:
 def base_precision(options: TrainOptions) -> str:
     """Returns the type in which frozen matrices are stored; AUTO if they are not quantized."""
     return options.plan.base_precision if isinstance(options, LoraOptions) else AUTO
-
-
-def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
-    """Returns the sizes of a run whose weights have been loaded.
-
-    Raises:
-        UsageError: The base cannot be quantized to this precision.
-    """
-    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
-    return replace(sizes_from_options(run, options, geometry, buckets, transformer), mapped=mapped)
 
 
 def sizes_from_options(

@@ -43,8 +43,7 @@ class Sizes:
     average_follows_weight: bool = False  # else it is where the state is, as the master is
     lengths: int = 1  # different numbers of tokens that the samples of the buckets have
     processes: int = 1  # of the run; they sum their gradients
-    ranks: int = 1  # processes on this host; one of them exports, and all share frozen streamed weights
-    mapped: bool = False  # loaded weights are pages of their file, which take no memory
+    ranks: int = 1  # processes on this host, which share frozen streamed weights
     matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
