@@ -40,7 +40,7 @@ from cogvideox.runtime.checkpoint_files import (
 )
 from cogvideox.runtime.disk_room import (
     DiskNeeds,
-    bytes_while_waiting,
+    bytes_left_out,
     check_disk,
     checkpoint_bytes,
     copy_bytes,
@@ -71,7 +71,7 @@ class Saver:
         kept: The step of a checkpoint that the limit does not remove, the best one.
         num_bytes: The expected size of a checkpoint, if known.
         copy_bytes: The expected size of a copy of it in host memory, if known.
-        bytes_while_waiting: Returns what is written while training waits, for the bytes that are not copied.
+        bytes_left_out: How many bytes may be left out of a copy.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
         weights_only: Whether checkpoints have only the weights, without the engine's state.
@@ -94,7 +94,7 @@ class Saver:
     kept: int | None = None
     num_bytes: int | None = None
     copy_bytes: int | None = None
-    bytes_while_waiting: Callable[[float], float] = float
+    bytes_left_out: float = math.inf
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
     weights_only: bool = False
@@ -162,7 +162,8 @@ class Saver:
             return self.copy_bytes
         # Weights in whose place there is an average while they are saved cannot be written later without a copy.
         part = int(PART_SHARE * usable) if self.engine.ema is None else 0
-        return part if part >= LEAST_COPIED * self.copy_bytes else 0
+        least = max(LEAST_COPIED * self.copy_bytes, self.copy_bytes - self.bytes_left_out)
+        return part if part >= least else 0
 
     @contextmanager
     def _guarded(self, step: int) -> Iterator[None]:
@@ -286,7 +287,7 @@ class Saver:
         weights = sum(map(num_elements, self.method.parameters().values()))
         self.num_bytes = checkpoint_bytes(options, weights, run.dtype, run.device, self.engine.refers)
         self.copy_bytes = copy_bytes(options, weights, run.dtype, run.device)
-        self.bytes_while_waiting = partial(bytes_while_waiting, options, weights, run.dtype, run.device)
+        self.bytes_left_out = bytes_left_out(options, weights, run.dtype, run.device)
         new = new_at_once(options.train, first, total, there)
         shortage = None
         if run.is_main:
@@ -319,7 +320,7 @@ class Saver:
         if room:
             how += f", while training goes on; {size_text(room)} of host memory are reserved for copies"
             if room < needed:
-                waits = seconds * self.bytes_while_waiting(needed - room) / self.num_bytes
+                waits = seconds * (needed - room) / self.num_bytes
                 how += f", and training waits for the rest, {waits:.0f} s: a complete copy needs {size_text(needed)}"
         elif self.in_background:
             how += "; training waits until it is written, and goes on while it is verified: "

@@ -86,28 +86,18 @@ def copy_bytes(options: TrainOptions, weights: int, dtype: torch.dtype, device: 
     return math.ceil(weights * (dtype.itemsize + state_bytes(options.optimizer, dtype, device) + average))
 
 
-def bytes_while_waiting(
-    options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device, left_out: float
-) -> float:
-    """Returns the bytes of a checkpoint that are written while training waits, if a part of it is not copied.
+def bytes_left_out(options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns how many bytes may be left out of a copy so that training waits only until these are written.
 
-    The tensors that are written first are not copied. If weights are in fp32, they are their own masters, which are
-    written twice: with the state, and for users. Training then waits until both are written, and what is in between.
+    The tensors that are written first are left out. If weights are in fp32, they are their own masters, which are
+    written twice: with the state, and for users, in files of another order. Without copies of the first masters,
+    training would wait for nearly all that is written.
 
-    Args:
-        options: The flags.
-        weights: The number of trained weights.
-        dtype: The compute type.
-        device: The device of training.
-        left_out: The bytes that are not copied.
+    The arguments are those of ``checkpoint_bytes``.
     """
     if saves_weights_only(options) or dtype != torch.float32:
-        return left_out
-    before = weights * bytes_before_masters(options.optimizer, device)
-    if left_out <= before:
-        return left_out
-    state = copy_bytes(options, weights, dtype, device)
-    return state + min(left_out - before, weights * dtype.itemsize)
+        return math.inf
+    return weights * bytes_before_masters(options.optimizer, device)
 
 
 def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0, seconds: float = 0.0) -> int:
