@@ -108,14 +108,14 @@ FAULTS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*inconsistency was discovered")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "plan"), [*((fault, "auto") for fault in FAULTS), ("a block missing", "lean")])
 @pytest.mark.fault("export: weights that differ after they are reloaded")
 def test_weights_that_reload_differently_are_not_published(
-    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, plan: str
 ) -> None:
     output = tmp_path / "lora"
     scale = ["--lora_alpha", 6]  # a scale of 1.5, which the metadata record
-    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *scale)
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, "--plan", plan, *scale)
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
         expected = {

@@ -510,6 +510,8 @@ def active_lora(layer: Any) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], 
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
     (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A:  # it was loaded from a file that has nothing for this layer
+        return None
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     matrices = (m.concatenated() if hasattr(m, "concatenated") else m.weight for m in (a, b))
     dropout = layer.lora_dropout[adapter]
