@@ -138,7 +138,7 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.fault("data: a cached tensor is changed, truncated, missing, or contains NaN", times=4)
+@pytest.mark.fault("data: a cached tensor is changed, truncated, missing, or contains NaN")
 @pytest.mark.parametrize("damage", [flip, lose, *(pytest.param(f, marks=pytest.mark.long) for f in (truncate, poison))])
 def test_damage_names_the_file_and_training_from_the_clips_repairs_it(
     model: Path,

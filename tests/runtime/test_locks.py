@@ -150,7 +150,7 @@ def test_a_lock_names_only_a_process_that_exists(tmp_path: Path) -> None:
     assert not refusal.value.may_be_lost
 
 
-@pytest.mark.fault("disk: no POSIX locks", times=3)
+@pytest.mark.fault("disk: no POSIX locks")
 def test_a_run_works_without_posix_locks_and_reports_it(
     without_locks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +165,7 @@ def test_a_run_works_without_posix_locks_and_reports_it(
     assert not (tmp_path / ".lock.owner").exists()
 
 
-@pytest.mark.fault("disk: no POSIX locks", times=3)
+@pytest.mark.fault("disk: no POSIX locks")
 def test_a_cache_is_prepared_without_posix_locks(without_locks: None, tmp_path: Path) -> None:
     ledger, said = Ledger(tmp_path), []
     with sole_writer(tmp_path, said.append):

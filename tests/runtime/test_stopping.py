@@ -301,7 +301,7 @@ def test_a_run_that_is_stopped_at_many_moments_has_the_same_result(model: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.fault("signals: each signal at each named moment of a run", times=3 * len(MOMENTS))
+@pytest.mark.fault("signals: each signal at each named moment of a run", times=len(MOMENTS))
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_every_signal_at_every_moment(model: Path, clips: Path, tmp_path: Path, shift: int) -> None:
     more = ["--lora_dropout", 0.5, "--dataloader_num_workers", 1, "--plan", "lean"]
@@ -342,7 +342,7 @@ def has_printed(rank: Forked, text: str) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.fault("signals: a signal to one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
+@pytest.mark.fault("signals: a signal to one or both of two ranks at named moments", times=len(RANK_MOMENTS))
 @pytest.mark.parametrize("hit", [(0,), (1,), (0, 1)])
 def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path: Path, hit: tuple[int, ...]) -> None:
     def ranks_of(name: str, moments: dict[int, Moment] | None = None) -> list[Forked]:
@@ -379,7 +379,7 @@ def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Pat
     assert finish(process, 75).endswith(f"stopped; {LINE}\n")
 
 
-@pytest.mark.fault("signals: a signal to one of two ranks, in an unfinished step", times=2)
+@pytest.mark.fault("signals: a signal to one of two ranks, in an unfinished step")
 @pytest.mark.parametrize(
     ("possible", "more"), [(steps_at(1, "unit micro-batch", (1,)), ()), ((2,), ("--sequence_parallel", 2))]
 )
@@ -420,7 +420,7 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Pa
     assert train([*flags, "--max_train_steps", str(steps + 1)]) == 0
 
 
-@pytest.mark.fault("signals: the training process is killed or stopped while loader processes work", times=2)
+@pytest.mark.fault("signals: the training process is killed or stopped while loader processes work")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (TERM, 75)])
 def test_no_loader_process_survives(model: Path, tensors: Path, tmp_path: Path, number: int, status: int) -> None:
     more = ["--load_tensors", "--dataloader_num_workers", 2, "--max_train_steps", 500]

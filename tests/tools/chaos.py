@@ -1,8 +1,8 @@
 """Runs all tests that inject a fault and prints a table of their outcomes: `make chaos`.
 
 The mark @pytest.mark.fault("group: what is injected", times=N) of a test names the fault and how often the test injects
-it. A test that knows the number only while it runs adds to it with the fixture ``injected``. Tests marked as long run
-too. Tests that need a GPU do not run here but with `make test-gpu`.
+it, with one set of its parameters. A test that knows the number only while it runs adds to it with the fixture
+``injected``. Tests marked as long run too. Tests that need a GPU do not run here but with `make test-gpu`.
 
     python tests/tools/chaos.py [--write [--again]] [--workers 2] [pytest's arguments]
 
