@@ -82,6 +82,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def add_checkpoint(output: Path, step: int, index: Path) -> None:
+    """Adds a checkpoint of a step, without weights, to the output folder of a run on prepared data."""
+    (output / f"checkpoint-{step}").mkdir(parents=True)
+    (output / "config.json").touch()
+    progress = {"step": step, "recipe": {"data": open_index(index).fingerprint}}
+    (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps(progress))
+
+
 def predict(model: Path, data: Path, output: Path, *more: str, script: str = TEXT_LORA, bf16: bool = True) -> int:
     """Runs a training script with --dry_run in this process; returns the exit status."""
     argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
@@ -295,6 +303,53 @@ def test_the_cheapest_change_makes_it_fit(
     )
 
 
+TIGHT = "--gpu rtx4090 --vram_budget 3 --host_memory 24 --train_batch_size 1 --rank 16 --base_precision int8"
+IMAGE_LORA = "cogvideox_image_to_video_lora.py"
+
+
+@pytest.mark.parametrize(("more", "shorter"), [("", False), ("--ignore_learned_positional_embeddings", True)])
+def test_sizes_that_learned_positions_do_not_fit_are_not_proposed(
+    more: str, shorter: bool, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, flags = configs_of_kind("5b-i2v", tmp_path / "model"), ("--load_tensors", *TIGHT.split(), *more.split())
+    assert predict(model, index, tmp_path / "out", *flags, script=IMAGE_LORA) == 1
+    text = capsys.readouterr().out
+    assert ("cheapest change: clips prepared again with --train_resolution 33x480x720: " in text) == shorter
+    assert ("no change of flags was found with which it fits\n" in text) != shorter
+    assert "\nor --vram_budget 12, on a card of 12 GiB, such as rtx3060\n" in text
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_settings_that_the_checkpoint_does_not_have_are_not_proposed(
+    resumes: bool, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    if resumes:
+        add_checkpoint(output, 5, index)
+    flags = ["--load_tensors", "--gpu", "rtx3060", "--host_memory", "8", "--train_batch_size", "1"]
+    assert predict(published, index, output, *flags, "--max_train_steps", "100") == 1
+    text = capsys.readouterr().out
+    assert ("cheapest change: --base_precision int8: " in text) != resumes
+    assert ("no change of flags was found with which it fits\n" in text) == resumes
+
+
+@pytest.mark.parametrize("launcher", ["", "DeepSpeed"])
+def test_a_change_that_the_launcher_does_not_allow_is_not_proposed(
+    launcher: str,
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if launcher:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    flags = ["--load_tensors", "--gpu", "rtx3060", "--host_memory", "8", "--train_batch_size", "1"]
+    assert predict(published, index, tmp_path / "out", *flags) == 1
+    assert ("--base_precision" in capsys.readouterr().out) != bool(launcher)
+
+
 def test_hardware_that_suffices_is_named(
     published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,14 +482,12 @@ def test_compilation_is_predicted_for_each_bucket_whose_samples_are_divided(
 def test_a_resumed_run_is_predicted_from_its_checkpoint(
     wanted: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, times, recipe = tmp_path / "out", [], {"data": open_index(index).fingerprint}
+    output, times = tmp_path / "out", []
     flags = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--max_train_steps", "100"]
     flags += ["--checkpointing_steps", "20", "--checkpoints_total_limit", "2", "--compile_blocks", "no"]
     for steps in ((), (20, 40)):
         for step in steps:
-            (output / f"checkpoint-{step}").mkdir(parents=True)
-            (output / "config.json").touch()
-            (output / f"checkpoint-{step}" / "progress.json").write_text(json.dumps({"step": step, "recipe": recipe}))
+            add_checkpoint(output, step, index)
         assert predict(published, index, output, *flags, *(wanted.split() if steps else [])) == 0
         text = capsys.readouterr().out
         assert ("steps: 100 of 1 sample; 40 are done, in checkpoint-40\n" in text) == bool(steps)

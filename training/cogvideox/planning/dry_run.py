@@ -14,10 +14,11 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from tqdm import tqdm
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import BOTH_WAYS, CARDS
+from cogvideox.config.conflicts import check_launcher
 from cogvideox.config.flags import TENSOR_FOLDER, TENSOR_INDEX
 from cogvideox.config.geometry import Geometry, read_config, read_geometry
+from cogvideox.config.lora_file import check_lora
 from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
@@ -127,6 +130,7 @@ class PlannedRun:
 
 # A change of flags: what to give, the changed options, and the buckets of the changed data.
 Change = tuple[str, TrainOptions, list[Bucket]]
+KindOfChange = Callable[[TrainOptions, list[Bucket]], Iterator[Change]]
 
 
 def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> int:
@@ -419,12 +423,16 @@ def ways_out(
             return plan_for(run, options, buckets, machine, backend)
         return None
 
-    for text, changed, left in changes(options, buckets):
+    resizable = ignores_positions(options) or not run.geometry.learned_positions
+    every = CHANGES if run.start.folder is None else EXACT_CHANGES  # the other settings are those of the checkpoint
+    kinds = [kind for kind in every if resizable or kind is not shorter_clips]
+    for text, changed, left in changes(options, buckets, kinds):
         if plan := plan_if_it_fits(changed, left, machine):
             yield f"cheapest change: {text}: {plan.peak / GIB:.2f} GiB, {plan.seconds:.2f} s a step (predicted)"
             break
     else:
-        yield "no change of flags was found with which it fits; give a smaller bucket"
+        fix = "; give a smaller bucket" if shorter_clips in kinds else ""
+        yield f"no change of flags was found with which it fits{fix}"
     for gib in HOST_GIB:
         more = replace(machine, host_bytes=gib * GIB)
         if more.host_bytes > machine.host_bytes and plan_if_it_fits(options, buckets, more):
@@ -433,23 +441,29 @@ def ways_out(
     for name, card in sorted(CARDS.items(), key=lambda item: item[1].gib):
         larger = replace(machine, device_bytes=int(FRAGMENTS * allowed_bytes(card.gib)))
         if larger.device_bytes > machine.device_bytes and plan_if_it_fits(options, buckets, larger):
-            yield f"or a card of {card.gib:g} GiB, such as {name}"
+            budget = f"--vram_budget {card.gib:g}, on " if options.plan.vram_budget else ""
+            yield f"or {budget}a card of {card.gib:g} GiB, such as {name}"
             break
 
 
-def changes(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+def changes(options: TrainOptions, buckets: list[Bucket], kinds: Sequence[KindOfChange]) -> Iterator[Change]:
     """Yields changes from the cheapest to the most expensive: each alone, then each added to the ones before it."""
-    for kind in CHANGES:
-        yield from kind(options, buckets)
+    for kind in kinds:
+        yield from accepted(kind(options, buckets))
     texts: list[str] = []
-    for kind in CHANGES:
-        found = list(kind(options, buckets))
+    for kind in kinds:
+        found = list(accepted(kind(options, buckets)))
         for text, changed, left in found:
             if texts:
                 yield ", ".join([*texts, text]), changed, left
         if found:
             text, options, buckets = found[-1]
             texts.append(text)
+
+
+def accepted(found: Iterator[Change]) -> Iterator[Change]:
+    """Yields those changes that suit the launcher and the LoRA from which training starts."""
+    return (change for change in found if not any(chain(check_lora(change[1]), check_launcher(change[1]))))
 
 
 def without_plan_flags(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
@@ -500,10 +514,5 @@ def shorter_clips(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Chan
             yield f"{again}--train_resolution {' '.join(map(str, shorter))}", options, shorter
 
 
-CHANGES: tuple[Callable[[TrainOptions, list[Bucket]], Iterator[Change]], ...] = (
-    without_plan_flags,
-    smaller_batches,
-    quantized_bases,
-    lower_ranks,
-    shorter_clips,
-)
+EXACT_CHANGES: tuple[KindOfChange, ...] = (without_plan_flags, smaller_batches)  # with the same result
+CHANGES: tuple[KindOfChange, ...] = (*EXACT_CHANGES, quantized_bases, lower_ranks, shorter_clips)
