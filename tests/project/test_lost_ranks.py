@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from running import SFT_SCRIPT, Forked, finish, fork_ranks, python, sft_flags
+from torch.distributed import DistNetworkError
 
 from cogvideox import stopping
 from cogvideox.errors import LostRankError
@@ -18,7 +19,8 @@ ENGINES: dict[str, dict[str, str]] = {"copies": {}, "fsdp": FSDP}
 ENGINES |= {f"zero{stage}": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in ("2", "3")}
 
 
-LOST = "lost its connection to the others during step 7, because one of them has ended; see its messages"
+ENDED = "because one of them, or the launcher, has ended; see its messages"
+LOST = f"lost its connection to the others during step 7, {ENDED}"
 LATE = "waited too long for the others during step 7; if they are only slow, raise --nccl_timeout"
 
 
@@ -56,16 +58,17 @@ def test_a_process_that_lost_another_says_so_in_one_line(
     )
     assert ranks[lost].wait(120) == -9
     said = finish(ranks[1 - lost], 1)
-    problem = "because one of them has ended; see its messages"
     place = f"process {1 - lost} lost its connection to the others during step {(micro_batches + 1) // 2}"
-    assert f"cogvideox_text_to_video_sft.py: {place}, {problem}; {hint}" in said
+    assert f"cogvideox_text_to_video_sft.py: {place}, {ENDED}; {hint}" in said
     assert "Traceback" not in said
     assert exit_file.read_text() == "1"
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("error", "problem"),
     [
+        (DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), LOST),
+        (DistNetworkError("another text of a later version"), LOST),
         ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29098.", LOST),
         ("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:39080: Connection reset by peer.", LOST),
         ("NCCL error: remote process exited or there was a network error, NCCL version 2.27.5", LOST),
@@ -76,14 +79,14 @@ def test_a_process_that_lost_another_says_so_in_one_line(
     ],
 )
 def test_which_errors_mean_that_another_process_has_ended(
-    text: str, problem: str | None, monkeypatch: pytest.MonkeyPatch
+    error: str | DistNetworkError, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(stopping._state, "phase", "the start")  # restored at the end
     with pytest.raises(RuntimeError) as caught, lost_ranks_reported(lambda: "hint"), stopping.phase("step 7"):
-        raise RuntimeError(text)
+        raise RuntimeError(error) if isinstance(error, str) else error
     assert isinstance(caught.value, LostRankError) is (problem is not None)
-    assert str(caught.value) == (f"process 3 {problem}; hint" if problem else text)
+    assert str(caught.value) == (f"process 3 {problem}; hint" if problem else error)
 
 
 def test_the_status_of_the_process_that_knows_the_cause_is_kept(

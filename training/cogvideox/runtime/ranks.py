@@ -36,7 +36,7 @@ PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without p
 WATCHER_SECONDS = 30
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
-LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
+LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|ailed to recv|recvVector failed")
 # How gloo and NCCL say that another process is too slow.
 TIMED_OUT = re.compile("[Tt]imed out waiting|collective operation timeout")
 # How torch.distributed and accelerate say that a launcher has not told them where the other processes are.
@@ -267,10 +267,10 @@ def lost_ranks_reported(hint: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         rank, phase = os.environ.get("RANK", "0"), stopping.current_phase()
-        if LOST.search(str(error)):
-            problem = (
-                f"lost its connection to the others during {phase}, because one of them has ended; see its messages"
-            )
+        # The class of errors of the connection to the store, which may be in the launcher of the first machine.
+        if isinstance(error, dist.DistNetworkError) or LOST.search(str(error)):
+            ended = "because one of them, or the launcher, has ended; see its messages"
+            problem = f"lost its connection to the others during {phase}, {ended}"
         elif TIMED_OUT.search(str(error)):
             problem = f"waited too long for the others during {phase}; if they are only slow, raise --nccl_timeout"
         else:
