@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from running import (
     metrics,
     python,
     ranks_environment,
+    sft_flags,
     train,
+    train_all,
 )
 
 from cogvideox.config.conflicts import check_trackers
@@ -54,9 +56,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(models, name, loads)
 
 
-def refused(flags: list[str]) -> str:
+def refused(flags: list[str], run: Callable[[list[str]], int] = train) -> str:
     with pytest.raises(UsageError) as error:
-        train(flags)
+        run(flags)
     return str(error.value)
 
 
@@ -82,13 +84,21 @@ def test_changed_settings_are_refused_before_any_model_loads(model: Path, tensor
     )
     text = refused([*flags, "--rank", "8"])
     assert "  --rank: 4 there, 8 now" in text
-    assert "--allow_changed" not in text
+    assert "give them again, or start a new run with another --output_dir\n" in text  # --lora_path keeps the rank
     assert "  --mixed_precision: no there, bf16 now" in refused([*flags, "--mixed_precision", "bf16"])
     rule = "  --train_batch_size x --gradient_accumulation_steps x processes: 2 there, 4 now"
     assert rule in refused([*flags, "--gradient_accumulation_steps", "4"])
     assert "checkpoint-9: the folder does not exist" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
     assert f"{again}: manifest.json is missing; in" in refused([*flags, "--resume_from_checkpoint", str(again)])
     assert "is at step 6 already" in refused([*flags, "--max_train_steps", "3"])
+
+
+def test_weights_of_another_script_are_not_offered(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
+    rule = "was made with other settings; give them again, or start a new run with another --output_dir\n"
+    assert rule in refused(sft_flags(model, tensors, again, "--load_tensors"), train_all)
+    flags = sft_flags(model, tensors, tmp_path / "all", "--load_tensors", "--max_train_steps", 1)
+    assert train_all(flags) == 0
+    assert rule in refused(lora_flags(model, tensors, tmp_path / "all", "--load_tensors"))
 
 
 def test_every_setting_is_named_by_what_a_user_gives(reference: Path) -> None:

@@ -19,7 +19,7 @@ from cogvideox.runtime.disk_room import checkpoint_bytes
 from cogvideox.runtime.resume import state_after_loss
 
 FLAG = "--checkpoint_weights_only"
-LOST = "with fresh optimizer state, and with master weights that were rounded to bf16, so not as if"
+LOST = "with fresh optimizer state, and with master weights that were rounded to bf16, so the"
 BF16 = ("--load_tensors", "--mixed_precision", "bf16", "--max_train_steps", 4)
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_has_the_weights_of_a_complete_one_and_nothing_else(complet
 def test_weights_without_masters_lose_only_the_state_of_the_optimizer(tmp_path: Path) -> None:
     run = replace(run_alone(tmp_path), precision="bf16")
     assert state_after_loss(run, {"use_stochastic_rounding": False}).startswith(LOST)
-    without = "with fresh optimizer state, so not as if it had not been interrupted"
+    without = "with fresh optimizer state, so the result differs from that of a run without a break"
     assert state_after_loss(run, {"use_stochastic_rounding": True}) == without
 
 

@@ -36,7 +36,9 @@ PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without p
 WATCHER_SECONDS = 30
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
-LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|ailed to recv|recvVector failed")
+LOST = re.compile(
+    "closed by peer|reset by peer|broken pipe|remote process exited|failed to recv|recvVector failed", re.IGNORECASE
+)
 # How gloo and NCCL say that another process is too slow.
 TIMED_OUT = re.compile("[Tt]imed out waiting|collective operation timeout")
 # How torch.distributed and accelerate say that a launcher has not told them where the other processes are.

@@ -16,6 +16,7 @@ from typing import Any
 from cogvideox import stopping
 from cogvideox.config.flags import CHANGEABLE, OWN_OF_PROCESS, PLACES_OF_STATE, TrainFlags
 from cogvideox.config.geometry import Geometry
+from cogvideox.config.lora_file import misfits, read_header
 from cogvideox.config.options import (
     SCRIPTS,
     LoraOptions,
@@ -103,7 +104,7 @@ def state_after_loss(run: Run, recipe: Mapping[str, object]) -> str:
     rounded = ""
     if run.precision != "no" and not recipe.get("use_stochastic_rounding"):
         rounded = f", and with master weights that were rounded to {run.precision}"
-    return f"with fresh optimizer state{rounded}, so not as if it had not been interrupted"
+    return f"with fresh optimizer state{rounded}, so the result differs from that of a run without a break"
 
 
 def keep_all_damaged(output_dir: Path) -> None:
@@ -322,11 +323,22 @@ def continue_hint(start: StartPoint, changed: list[str], options: TrainOptions) 
     """Returns, for a message, the flags that allow a changed setting or that start a new run from the weights."""
     names = dict.fromkeys((*options.train.allow_changed, *changed))  # A second --allow_changed would replace the first.
     allowed = "add --allow_changed " + " ".join(names) + ", or " if set(changed) <= set(CHANGEABLE) else ""
+    weights = weights_hint(start, changed, options)
+    return f"{allowed}start a new run with another --output_dir{weights and f' ({weights})'}"
+
+
+def weights_hint(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
+    """Returns, for a message, how a new run with the flags starts from the weights of a checkpoint; empty if none can.
+
+    A LoRA keeps its rank, alpha and layers.
+    """
     if isinstance(options, LoraOptions):
-        weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
-    else:
-        weights = "--pretrained_model_name_or_path with the folder of --save_pipeline continues with its weights"
-    return f"{allowed}start a new run with another --output_dir ({weights})"
+        with suppress(UsageError):  # a checkpoint of another script has no LoRA
+            if not any(misfits(read_header(str(start.folder)), options.lora)):
+                return f"--lora_path {quote(str(start.folder))} continues with its weights"
+    elif "method" not in changed:
+        return "--pretrained_model_name_or_path with the folder of --save_pipeline continues with its weights"
+    return ""
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
