@@ -1,8 +1,8 @@
 """Measures the two arms of bench.py: a plain loop of diffusers and PEFT, and this project's training step under a plan.
 
 ``Work`` describes the task, and ``stock`` and ``ours`` return the figures of an arm for it. No files are read or
-written: weights, latents and prompts are random, which affects neither time nor memory. ``Training``, which memory.py
-uses too, is built from the parts of the library that loop.Trainer uses, without data and checkpoints.
+written: weights, latents and prompts are random, which affects neither time nor memory. ``Training``, which
+guide_memory.py uses too, is built from the parts of the library that loop.Trainer uses, without data and checkpoints.
 """
 
 import gc
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.geometry import Geometry, geometry_of
+from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
 from cogvideox.evaluation.validation import evaluation_mode
@@ -93,7 +93,7 @@ class Work:
     @cached_property
     def geometry(self) -> Geometry:
         """Returns the geometry of the published model."""
-        return geometry_of(self.config, random_models.vae_config(self.kind), dict(self.scheduler.config))
+        return random_models.geometry_of_kind(self.kind)
 
     @cached_property
     def bucket(self) -> Bucket:

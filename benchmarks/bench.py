@@ -27,10 +27,8 @@ import torch
 from arms import NO_MEMORY, PLAN_FLAGS, Work, attempt, make_room, ours, stock
 from bench_table import OFFLOAD, PREFIX, STOCK, read_rows, speed_figures, table, trace_table, useful_flops
 from random_models import ROOT
-from record import device_and_versions, put_into
+from record import device_and_versions, put_into, write_result
 from slow_copies import slowed
-
-from cogvideox.files import write_atomically
 
 COPY_RATES = (12, 25)  # GB/s in one direction, of a PCIe connection of version 3 and 4 with 16 lanes
 ROW_SECONDS = {"2b": 45, "5b": 90, "1.5-5b": 120}  # what a row takes, by its model
@@ -156,8 +154,7 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device, seconds: 
             failed += 1
             continue
         result = result_of(row, work, arm, stock)
-        results.mkdir(parents=True, exist_ok=True)
-        write_atomically(path_of(results, row), (json.dumps(result, indent=1) + "\n").encode())
+        write_result(path_of(results, row), result)
     return failed
 
 

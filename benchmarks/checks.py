@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from one_block import make_block
-from random_models import KINDS, TRANSFORMERS, clip_size, make_transformer, vae_config
-from record import device_and_versions
+from random_models import KINDS, TRANSFORMERS, clip_size, geometry_of_kind, make_transformer
+from record import device_and_versions, write_result
 from torch import Tensor
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.model import attention
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.block_check import BlockError, check_block, compare_block, cosine_between, random_inputs
@@ -41,12 +40,6 @@ REST_BYTES = 60 * MIB  # roughly what is needed before and after the blocks
 CASES = (("auto", 128), ("auto", 0), ("int8", 128), ("nf4", 128))  # precision of the base, rank
 
 
-def geometry(kind: str) -> Geometry:
-    """Returns the geometry of a kind at full size."""
-    schedule = {"num_train_timesteps": 1000}
-    return geometry_of({"use_rotary_positional_embeddings": True} | TRANSFORMERS[kind], vae_config(kind), schedule)
-
-
 def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
     """Returns the lean plan for one sample of a kind's usual size, with its predicted peak."""
     blocks, config = TRANSFORMERS[kind]["num_layers"], TRANSFORMERS[kind]
@@ -58,7 +51,7 @@ def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
         trained=blocks * sum(p.numel() for p in block.parameters() if p.requires_grad and not trained),
         item_bytes=2,
         samples=1,
-        tokens=geometry(kind).tokens(Bucket(*clip_size(kind))),
+        tokens=geometry_of_kind(kind).tokens(Bucket(*clip_size(kind))),
         width=config["num_attention_heads"] * config["attention_head_dim"],
         heads=config["num_attention_heads"],
         matrix_bytes=unquantized_matrix_bytes(block) if precision != AUTO else 0,
@@ -76,7 +69,7 @@ def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]
     plan = lean(kind, block, precision, backend)
     bucket = Bucket(*clip_size(kind))
     tensors: Any = SimpleNamespace(
-        geometry=geometry(kind), index=SimpleNamespace(samples=(SimpleNamespace(bucket=bucket),))
+        geometry=geometry_of_kind(kind), index=SimpleNamespace(samples=(SimpleNamespace(bucket=bucket),))
     )
     row: dict[str, Any] = {"base": precision, "rank": rank, "backend": backend}
     for name in ("first_s", "second_s"):
@@ -97,7 +90,7 @@ def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]
 
 def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
     """Returns 1 - cosine of each quantity at full length."""
-    shape = geometry(kind)
+    shape = geometry_of_kind(kind)
     frames, _, height, width = shape.latent_shape(Bucket(*clip_size(kind)))
     tables, length = RotaryTables(shape, GPU)(frames, height, width), shape.max_text_seq_length
     inputs = random_inputs(block, 1, shape.tokens(Bucket(*clip_size(kind))) - length, length, tables, GPU)
@@ -110,7 +103,7 @@ def compare_model(kind: str, backend: str, size: tuple[int, int, int]) -> dict[s
     """Compares the outputs of a complete transformer, run by a Stack and by diffusers, in bf16 and fp32."""
     from peft import LoraConfig
 
-    shape = geometry(kind)
+    shape = geometry_of_kind(kind)
     frames, _, height, width = shape.latent_shape(Bucket(*size))
     transformer = make_transformer(kind).requires_grad_(False).eval()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -187,10 +180,8 @@ def main() -> int:
     if any("error" in row for row in rows):
         return 1
     if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        table = {"kind": args.kind, **device_and_versions(), "rows": rows}
         name = f"checks_{args.kind}{'_whole' if args.whole else ''}.json"
-        (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
+        write_result(args.results / name, {"kind": args.kind, **device_and_versions(), "rows": rows})
     return 0
 
 

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
@@ -26,9 +25,8 @@ from typing import Any
 
 import large_clips
 import numpy as np
+from record import device_and_versions, write_result
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "examples")]
 FRAMES, HEIGHT, WIDTH = 49, 480, 720
 CACHE = Path(os.environ.get("COGVIDEOX_TEST_CACHE") or Path.home() / ".cache" / "cogvideox-tests")
 
@@ -196,15 +194,12 @@ def main() -> None:
     large_clips.show(figures["large"])
     print("  ".join(f"{name} {value:.2f}" for name, value in figures["workers"].items()))
     if args.results:
-        from record import device_and_versions
-
         row: dict[str, Any] = {
             "work": f"up to {FRAMES} frames of a clip at {HEIGHT}x{WIDTH}, opening included, median of {args.repeats}"
         }
         row |= device_and_versions() | {"device": cpu()} | figures
         row["versions"] |= {name: version(name) for name in ("av", "decord", "numpy")}
-        args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / "decode.json").write_text(json.dumps(row, indent=1) + "\n")
+        write_result(args.results / "decode.json", row)
 
 
 if __name__ == "__main__":

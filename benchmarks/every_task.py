@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions
+from record import device_and_versions, write_result
 
 METHODS: dict[str, list[str]] = {
     "lora": ["--rank", "128", "--lora_alpha", "128", "--optimizer", "adamw"],
@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / "every_task.json"
     table = json.loads(path.read_text()) if path.is_file() else {}
     for kind in args.kinds:
@@ -100,7 +99,7 @@ def main() -> None:
             command = command_of(kind, method, args.work_dir, args.steps)
             row = run(command, args.work_dir / name, args.steps, name in args.complete)
             table[name] = row | device_and_versions()
-            path.write_text(json.dumps(table, indent=1) + "\n")
+            write_result(path, table)
             print(json.dumps({name: {key: value for key, value in row.items() if key != "command"}}), flush=True)
     if any("failed" in row for row in table.values()):
         sys.exit(1)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from random_models import ROOT
-from record import device_and_versions
+from record import device_and_versions, write_result
 
 COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
@@ -46,8 +46,7 @@ def main() -> int:
     row = {"tests": counts("".join(lines)), "seconds": round(time.monotonic() - began, 1), **device_and_versions()}
     print(json.dumps(row))
     if process.returncode == 0:
-        flags.results.mkdir(parents=True, exist_ok=True)
-        (flags.results / "gpu_tests.json").write_text(json.dumps(row, indent=1) + "\n")
+        write_result(flags.results / "gpu_tests.json", row)
     return process.returncode
 
 

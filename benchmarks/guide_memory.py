@@ -39,10 +39,9 @@ from typing import Any
 import torch
 from arms import GIB, Training, Work, attempt, make_room, peak_gib, sample
 from random_models import ROOT
-from record import device_and_versions, put_into
+from record import device_and_versions, put_into, write_result
 from torch import nn
 
-from cogvideox.files import write_atomically
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory import streaming
 from cogvideox.planning import execution
@@ -371,9 +370,7 @@ def run_arms(arms: Sequence[Arm], results: Path, device: torch.device, seconds: 
         if "failed" in result:
             failed += 1
             continue
-        results.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result | device_and_versions(), indent=1) + "\n"
-        write_atomically(path_of(results, arm), text.encode())
+        write_result(path_of(results, arm), result | device_and_versions())
     return failed
 
 

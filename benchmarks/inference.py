@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from random_models import KINDS, is_image_to_video, make_pipeline
-from record import device_and_versions
+from record import device_and_versions, write_result
 from startup import TINY, training_command
 
 CALL = "pipeline"  # the word with which the child process begins its line of figures
@@ -102,8 +102,7 @@ def write_rows(path: Path, model: str, steps: int, rows: list[dict[str, Any]]) -
     if all(before.get(name) == row[name] for name in ("device", "steps", "commit")):
         measured = {old["gib"] for old in rows}
         rows = rows + [old for old in before["rows"] if old["gib"] not in measured]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row | {"rows": sorted(rows, key=lambda row: -row["gib"])}, indent=1) + "\n")
+    write_result(path, row | {"rows": sorted(rows, key=lambda row: -row["gib"])})
 
 
 def release() -> None:

@@ -4,7 +4,7 @@
 
 The reference is diffusers' block in fp32, with PEFT's LoRA or with trainable weights. The stock arm is the same block
 in bf16, eager, with autograd. The others are model/blocks.py with each attention backend and each level of saved
-activations, eager and compiled. A step of the model takes about (forward + backward) x blocks.
+activations, compiled, or as --ways says. A step of the model takes about (forward + backward) x blocks.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from profiling import kernels_of
-from random_models import KINDS, TRANSFORMERS, clip_size
-from record import device_and_versions
+from random_models import KINDS, TRANSFORMERS, clip_size, geometry_of_kind
+from record import device_and_versions, write_result
 from torch import Tensor
 
+from cogvideox.config.buckets import Bucket
 from cogvideox.model import attention, blocks
 from cogvideox.planning.stack import block_layers, block_weights, for_any_length
 
@@ -37,12 +38,8 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 def shape_of(kind: str) -> tuple[int, int]:
     """Returns (number of tokens, number of text tokens)."""
-    config = TRANSFORMERS[kind]
-    frames, height, width = clip_size(kind)
-    latent_frames = (frames - 1) // 4 + 1
-    patches = -(-latent_frames // config.get("patch_size_t", 1)) * (height // 16) * (width // 16)
-    text = config["max_text_seq_length"]
-    return text + patches, text
+    geometry = geometry_of_kind(kind)
+    return geometry.tokens(Bucket(*clip_size(kind))), geometry.max_text_seq_length
 
 
 def make_block(kind: str, rank: int) -> Any:
@@ -213,11 +210,10 @@ def main() -> int:
                 rows.append(ours(block, inputs, backend, level, how, right))
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "kernels"}), flush=True)
     if args.results and rows:
-        args.results.mkdir(parents=True, exist_ok=True)
         table = {"kind": args.kind, "rank": args.rank, "tokens": tokens, **device_and_versions()}
         table |= {"stock": stock, "rows": rows}
         name = f"one_block_{args.kind}{'' if args.rank else '_sft'}.json"
-        (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
+        write_result(args.results / name, table)
     return 0 if rows else 1
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from random_models import ROOT, VAE, clip_size
-from record import device_and_versions
+from record import device_and_versions, write_result
 from torch import Tensor
 
 from cogvideox.data.cache import TensorCache
@@ -48,9 +48,9 @@ CLIPS = 6  # number of clips of the arm that stores them
 CLIPS_OF_RANK = 18  # number of clips for each process of the arms with several GPUs
 VAE_ARMS = {  # name: (optimized, in tiles)
     "vae, stock": (False, False),
-    "vae, quickened": (True, False),
+    "vae, optimized": (True, False),
     "vae, stock, tiled": (False, True),
-    "vae, quickened, tiled": (True, True),
+    "vae, optimized, tiled": (True, True),
 }
 
 
@@ -90,8 +90,7 @@ class Arms:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         if self.results:  # written after each arm, because compilation may use up the time
-            self.results.mkdir(parents=True, exist_ok=True)
-            self._incomplete(self.results).write_text(json.dumps(self.table, indent=1) + "\n")
+            write_result(self._incomplete(self.results), self.table)
 
     def finish(self) -> int:
         """Gives the results their name if all arms have succeeded; returns the exit status."""
@@ -135,7 +134,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
+def random_vae(dtype: torch.dtype, optimized: bool) -> Iterator[Any]:
     """Returns a VAE of the published size on the GPU, always with the same random weights."""
     from diffusers import AutoencoderKLCogVideoX
 
@@ -145,7 +144,7 @@ def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
     vae.to(dtype)
     torch.cuda.empty_cache()
     try:
-        if quickened:
+        if optimized:
             vae_encoder.optimize_encoder(vae)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
@@ -172,15 +171,15 @@ class VaeArms:
 
     def reference(self) -> dict[str, Any]:
         """Returns the moments in fp32, encoded without tiles, which would change them."""
-        with random_vae(torch.float32, quickened=False) as vae:
+        with random_vae(torch.float32, optimized=False) as vae:
             return timed(lambda: self._keep("fp32", encode.video_moments(vae, self.clip_FHWC)), repeats=1)
 
     def arm(self, name: str) -> dict[str, Any]:
         """Runs one of VAE_ARMS in bf16."""
-        quickened, tiled = VAE_ARMS[name]
+        optimized, tiled = VAE_ARMS[name]
         found: dict[str, Tensor] = {}
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        with random_vae(torch.bfloat16, quickened) as vae:
+        with random_vae(torch.bfloat16, optimized) as vae:
             vae.use_tiling = tiled
             row = timed(lambda: found.update(moments=encode.video_moments(vae, self.clip_FHWC).cpu()))
         self._keep(name, found["moments"])
@@ -201,7 +200,7 @@ def apart(moments: Tensor, reference: Tensor) -> dict[str, float]:
 
 def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
     """Stores decoded clips in a cache; measures the device's time, and the host's time that it does not hide."""
-    with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, quickened=True) as vae:
+    with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, optimized=True) as vae:
         cache = TensorCache(Path(folder))
 
         def encoded(number: int) -> Iterator[encode.AsyncCopy]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from cogvideox.config.geometry import Geometry
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "examples")]
 
@@ -76,6 +78,15 @@ def vae_config(kind: str) -> dict[str, Any]:
     """Returns the config of a kind's VAE."""
     scaled = {"scaling_factor": 1.15258426 if kind == "2b" else 0.7, "invert_scale_latents": kind == "1.5-5b-i2v"}
     return VAE | scaled
+
+
+def geometry_of_kind(kind: str) -> Geometry:
+    """Returns the geometry of a kind at full size."""
+    from tiny_cogvideox import make_scheduler
+
+    from cogvideox.config.geometry import geometry_of
+
+    return geometry_of(TRANSFORMERS[kind], vae_config(kind), dict(make_scheduler(kind).config))
 
 
 def make_transformer(kind: str, device: str = "cuda", dtype: torch.dtype | None = None) -> Any:

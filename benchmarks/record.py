@@ -1,5 +1,6 @@
-"""Records the environment and the memory of a measurement, and writes tables of results into pages."""
+"""Records environment and memory of a measurement, and writes its result, and tables of results into pages."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from random_models import ROOT
+
+from cogvideox.files import write_atomically
 
 
 def device_and_versions() -> dict[str, Any]:
@@ -23,6 +26,11 @@ def current_commit() -> str:
     """Returns the commit of this project's files: COMMIT, which is set where they were copied without git's history."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return os.environ.get("COMMIT") or git.stdout.strip()
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, and creates its folder. A program that is killed leaves no incomplete file."""
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from random_models import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_CLIPS = 4
 
 
@@ -67,7 +67,6 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
 
 def make_inputs(folder: Path) -> None:
     """Writes the models and the clips that both trees read. The examples of the working tree generate them."""
-    sys.path.insert(0, str(ROOT / "examples"))
     import shapes
     from tiny_cogvideox import make_tiny
 

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 from every_task import delete_run, lines_of
 from random_models import ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions, put_into, watched
+from record import device_and_versions, put_into, watched, write_result
 
 PREFIX = "scale_"
 SAMPLES = 8  # at least the number of processes, so that each has a sample of its own in every step
@@ -257,7 +257,7 @@ def run_arms(arms: Sequence[Arm], work_dir: Path, results: Path, seconds: float)
         torch.cuda.empty_cache()
         row = measure(arm, work_dir, 29500 + number) | device_and_versions()
         failed = "failed" in row
-        path.with_suffix(".failed" if failed else ".json").write_text(json.dumps(row, indent=1) + "\n")
+        write_result(path.with_suffix(".failed" if failed else ".json"), row)
         figures = (
             "seconds_per_step",
             "communication",
@@ -348,7 +348,6 @@ def main() -> int:
     if args.table:
         put_into(args.table, "scale.py", table(args.results))
         return 0
-    args.results.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
     return 0 if run_arms(arms, args.work_dir, args.results, args.seconds) else 1
 

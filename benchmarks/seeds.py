@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from random_models import ROOT
-from record import device_and_versions
+from record import device_and_versions, write_result
 
 LORA = ["--rank", "32", "--lora_alpha", "32", "--learning_rate", "2e-3"]
 # The settings of examples/full_finetune.sh.
@@ -132,9 +132,8 @@ def main() -> None:
     }
     print(json.dumps({name: row[name] for name in FIGURES}, indent=1))
     if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
         name = "seeds" if args.compare == "plans" else f"seeds_{args.compare}"
-        (args.results / f"{name}_{args.mixed_precision}.json").write_text(json.dumps(row, indent=1) + "\n")
+        write_result(args.results / f"{name}_{args.mixed_precision}.json", row)
 
 
 if __name__ == "__main__":

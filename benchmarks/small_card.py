@@ -39,7 +39,7 @@ from typing import Any
 
 from every_task import delete_run, lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions, watched
+from record import device_and_versions, watched, write_result
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.media.pixels.decode import probe
@@ -251,10 +251,9 @@ def main() -> int:
     problems = list(not_done(row, args.steps, Bucket(*clip_size(args.kind))))
     if problems:
         return fail(log, *problems)
-    args.results.mkdir(parents=True, exist_ok=True)
     limited = f"_host_{args.host_gib:.0f}" if args.host_gib else ""
     name = f"small_card_{args.kind}{'' if args.rank else '_sft'}{limited}{'_killed' if args.kill_after else ''}.json"
-    (args.results / name).write_text(json.dumps(row, indent=1) + "\n")
+    write_result(args.results / name, row)
     return 0
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions
+from record import device_and_versions, write_result
 
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))
 PREPARE = next(path for path in SCRIPTS if path.stem == "prepare_dataset")
@@ -211,9 +211,7 @@ def main() -> None:
             starts = time_training(args.model, args.work_dir or Path(temporary), args.flags)
         if args.results:
             row = {"model": args.model, **{name: start._asdict() for name, start in starts.items()}}
-            args.results.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(row | device_and_versions(), indent=1)
-            (args.results / f"startup_{args.model}.json").write_text(f"{text}\n")
+            write_result(args.results / f"startup_{args.model}.json", row | device_and_versions())
 
 
 if __name__ == "__main__":
