@@ -284,6 +284,21 @@ def test_problems_give_flag_value_rule_and_fix() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("--max_steps", "nearest: --max_train_steps"),
+        ("--batch-size", "nearest: --batch_size"),
+        ("--alpha", "nearest: --lora_alpha"),
+        ("--learning_raet", "nearest: --learning_rate"),
+        ("--output", "nearest: --output_dir"),
+        ("--wandb", "see --help_all"),
+    ],
+)
+def test_the_nearest_flag_has_the_words_of_the_given_one(given: str, found: str) -> None:
+    assert problems(*LEAST[LORA], f"{given}=1") == (f"{given}: no such flag; {found}",)
+
+
 @pytest.mark.parametrize("short", ["--data_roo", "--learning", "--ran", "--validation_prom"])
 def test_no_abbreviations(short: str) -> None:
     found = problems(*LEAST[LORA], f"{short}=1")

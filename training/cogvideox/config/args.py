@@ -236,14 +236,21 @@ def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
         options_type: The options of the script, whose flags are suggested.
     """
     own = [name for _, item, _ in fields_of(options_type) for name in names_of(item)]
-    known = [f"--{name}" for name in (*own, "help", "help_all", "version")]
+    known = [*own, "help", "help_all", "version"]
     names = [text.split("=")[0] for text in rest]
     for name in names:
         if name.startswith("--"):
-            near = difflib.get_close_matches(name, known, 1)
-            yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
+            near = nearest_flag(name.removeprefix("--").replace("-", "_"), known)
+            yield f"{name}: no such flag; " + (f"nearest: --{near}" if near else "see --help_all")
         elif name == names[0]:
             yield f"{name}: does not belong to any flag"
+
+
+def nearest_flag(name: str, known: Sequence[str]) -> str | None:
+    """Returns the most similar known flag: one that has all words of the name, or else one with similar letters."""
+    words = set(name.split("_"))
+    longer = [flag for flag in known if words <= set(flag.split("_"))]
+    return next(iter(difflib.get_close_matches(name, longer, 1, 0) or difflib.get_close_matches(name, known, 1)), None)
 
 
 def spelling(argv: Sequence[str], names: Sequence[str]) -> str:

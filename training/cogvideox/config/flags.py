@@ -796,7 +796,7 @@ class OptimizerFlags:
         "send each gradient to host memory at once, as --weights_on host does; with --use_cpu_offload_optimizer, and "
         "if all weights are trained",
     )
-    learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
+    learning_rate: float = flag(1e-4, "peak learning rate", aliases=("lr",), least=0.0)
     scale_lr: bool = flag(False, "multiply the learning rate by the number of samples per optimizer step")
     lr_scheduler: str = flag("constant", "learning rate schedule", choices=SCHEDULES)
     lr_warmup_steps: int = flag(
