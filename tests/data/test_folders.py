@@ -158,9 +158,12 @@ def test_an_image_column_is_used_if_it_holds_images(tmp_path: Path) -> None:
 def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
     rows = ['"two\nlines",a.mp4', "", ",a.mp4", 'x,"\nno.mp4"', "x", "x,a.mp4,z", "nan,a.mp4", "x,", "x,b.mp4"]
     found = problems(tmp_path, **table(tmp_path, "text,video\n" + "\n".join(rows)))
-    assert [problem.removeprefix(f"{tmp_path}/t.csv:").split("; ")[0] for problem in found] == [
-        "8: has 1 cell, but 2 columns",
-        "9: has 3 cells, but 2 columns",
+    found = [problem.removeprefix(f"{tmp_path}/t.csv:") for problem in found]
+    assert found[:2] == [
+        "8: has 1 cell, but 2 columns; add the missing cells, which may be blank",
+        "9: has 3 cells, but 2 columns; put quotes around cells with a separator",
+    ]
+    assert [problem.split("; ")[0] for problem in found[2:]] == [
         "5: blank caption",
         "10: blank caption",
         f"6: no.mp4: no such file in {tmp_path}",

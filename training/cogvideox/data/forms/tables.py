@@ -196,7 +196,10 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> Ta
             if len(cells) != len(columns):
                 number = span.start + 1
                 rule = f"has {plural(len(cells), 'cell')}, but {plural(len(columns), 'column')}"
-                fix = "put quotes around cells with a separator"
+                more = len(cells) > len(columns)
+                fix = (
+                    "put quotes around cells with a separator" if more else "add the missing cells, which may be blank"
+                )
                 problems.add("wrong number of cells", f"{file}:{number}: {rule}; {fix}")
                 continue
             table.rows.append(dict(zip(columns, cells, strict=True)))
