@@ -40,12 +40,16 @@ def main(options: CaptionOptions) -> int:
     from cogvideox.preparation.captioning.missing_captions import Captioning
     from cogvideox.preparation.captioning.vision_local import LocalVisionModel
     from cogvideox.preparation.captioning.vision_server import VisionServer
+    from cogvideox.preparation.unusable import skipped_notes
 
-    clips, present = find_uncaptioned(options.data)
+    skipped: list[str] = []
+    clips, present = find_uncaptioned(options.data, skipped)
     if not clips:
         have = "the only clip has" if present == 1 else f"all {present} clips have"
         print(f"{have} a caption; nothing to do")
         return 0
+    for line in skipped_notes(skipped):  # there may be captions among these files
+        print(line)
     if options.caption.endpoint is None and options.caption.caption_model is None:
         have = plural(present + len(clips), "clip has", "clips have")
         rule = f"{len(clips)} of {have} no caption, the first is {clips[0].video}"

@@ -336,6 +336,17 @@ def test_clips_refused_one_after_the_other_end_the_script(
     assert len(server.requests) <= 4
 
 
+def test_files_that_may_be_captions_are_listed(
+    folder: Path, caption: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.caption").write_text("a caption")
+    assert caption(folder) == 0
+    assert (
+        f"1 .caption; convert clips to mp4, and save captions as .txt and tables as CSV:\n  {folder / 'a.caption'}"
+        in (capsys.readouterr().out)
+    )
+
+
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_clip_is_named(folder: Path, caption: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "b.mp4").write_bytes(b"")

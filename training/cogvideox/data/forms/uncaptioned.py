@@ -170,8 +170,12 @@ def _changed(file: str) -> UsageError:
     return UsageError(f"{file}: has changed while captions were written; {fix}")
 
 
-def find_uncaptioned(data: FolderFlags) -> tuple[list[Uncaptioned], int]:
+def find_uncaptioned(data: FolderFlags, skipped: list[str]) -> tuple[list[Uncaptioned], int]:
     """Returns the clips without captions of all folders, and the number of clips with a caption.
+
+    Args:
+        data: The flags of the folders.
+        skipped: Collects paths of files that may be clips or captions but have an unsupported format.
 
     Raises:
         UsageError: A folder cannot be read, or captions cannot be written into its table.
@@ -181,7 +185,7 @@ def find_uncaptioned(data: FolderFlags) -> tuple[list[Uncaptioned], int]:
     present = 0
     for folder in (*data.data_root, *data.validation_data_root):
         problems = Problems(captions=False)
-        clips, count = _in_folder(folder, data, problems)
+        clips, count = _in_folder(folder, data, problems, skipped)
         missing += clips
         present += count
         found += problems.lines()
@@ -190,8 +194,9 @@ def find_uncaptioned(data: FolderFlags) -> tuple[list[Uncaptioned], int]:
     return missing, present
 
 
-def _in_folder(folder: str, data: FolderFlags, problems: Problems) -> tuple[list[Uncaptioned], int]:
+def _in_folder(folder: str, data: FolderFlags, problems: Problems, skipped: list[str]) -> tuple[list[Uncaptioned], int]:
     columns, files = read_rows(folder, data, problems)
+    skipped += columns.skipped
     if problems:
         return [], 0
     captions = columns.captions.values if columns.captions is not None else [""] * len(files)
