@@ -63,8 +63,14 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     for line in images_without_effect(options) if ranks.is_main_process and not with_images else ():
         print(line, file=sys.stderr)
     preparation = Preparation(
-        *(options.model, options.data, options.encode, geometry, folder, ranks, image_variants),
-        need_captions=needs_captions(options),
+        options.model,
+        options.data,
+        options.encode,
+        geometry,
+        folder,
+        ranks,
+        image_variants,
+        needs_captions(options),
     )
     if prepare.suggest_buckets:
         suggest(preparation, prepare.suggest_buckets)

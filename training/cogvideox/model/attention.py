@@ -4,8 +4,8 @@
     attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv)
 
 Both are custom operators of torch, so torch.compile treats each one as a single node and does not trace into it.
-``choose_backend`` chooses the kernels after comparing their gradients with plain fp32 arithmetic. To add a backend, add
-its name to BACKENDS, a branch to both operators, and what it requires to ``_problem``.
+``choose_backend`` chooses the kernels after comparing their gradients with plain fp32 arithmetic. docs/architecture.md
+says how to add a backend.
 
 q, k, v and o are (B, S, H, D), the layout that the linear layers write and read, so that nothing is transposed. lse,
 (B, H, S) in fp32, is the log-sum-exp of each row of scores. The backward pass recomputes the attention weights P from

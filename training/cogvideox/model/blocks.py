@@ -112,7 +112,7 @@ class Shared(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, (S, E) each; 1 and 0 for text tokens, which are not rotated
     text_length: int  # L
     heads: int  # H
-    backend: str  # of attention.BACKENDS
+    backend: str  # as attention.choose_backend returns it
     division: Division | None = None  # how the tokens are divided; None if this process has all of them
 
 
