@@ -23,7 +23,7 @@ def order(global_batch: int = 4, seed: int = 0, permutation: list[int] | None = 
 
 def steps(of: Order, first: int, last: int) -> list[list[tuple[str, int]]]:
     """Returns (id, visit) of each sample of each step."""
-    return [[(of.sample_ids[v.index], v.visit) for v in of.batch(step)] for step in range(first, last)]
+    return [[(of.sample_ids[v.index], v.times) for v in of.batch(step)] for step in range(first, last)]
 
 
 def epoch(of: Order, number: int) -> list[list[tuple[str, int]]]:

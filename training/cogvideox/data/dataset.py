@@ -271,14 +271,14 @@ class LatentDataset(Dataset[Batch]):
     def __getitem__(self, visit: Visit) -> Batch:
         replaced: list[tuple[str, str]] = []
         for sample in self._candidates(visit.index):
-            draw: tuple[object, ...] = (self.seed, visit.visit, sample.id)
+            draw: tuple[object, ...] = (self.seed, visit.times, sample.id)
             # The replacement is also drawn as itself, so it must not use the same random numbers twice.
             if replaced:
                 draw = (*draw, "instead of", replaced[0][0])
             dropped = uniform(*draw, "caption") < self.caption_dropout
             try:
-                moments = read_moments(self.cache, sample, visit.visit, self.geometry)
-                image = read_image(self.cache, sample, visit.visit, self.index.image_variants, self.geometry)
+                moments = read_moments(self.cache, sample, visit.times, self.geometry)
+                image = read_image(self.cache, sample, visit.times, self.index.image_variants, self.geometry)
                 prompt = None if dropped else read_prompt(self.cache, sample.prompt_key, self.geometry)
             except CacheError as error:
                 if not self.replace_bad:

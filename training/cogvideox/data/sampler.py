@@ -25,12 +25,12 @@ class Visit:
 
     Attributes:
         index: Position of the sample in the index.
-        visit: How often the sample was drawn before.
+        times: How often the sample was drawn before.
         stratum: (k, n): the timestep is drawn from the k-th of n equal parts of the range.
     """
 
     index: int
-    visit: int
+    times: int
     stratum: tuple[int, int] = (0, 1)
 
 

@@ -218,12 +218,19 @@ def sizes_from_options(
     device_gradients = 4 if gradients_are_sums(rule, passes, run.world) else sizes.item_bytes
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
     follows = isinstance(rule, Adam) and rule.weight_is_master(run.dtype)
-    sizes = replace(sizes, average_bytes=averages, average_follows_weight=follows)
-    sizes = replace(sizes, state_bytes=state_bytes(options.optimizer, run.dtype, device), ranks=ranks_here())
     parallel = options.plan.sequence_parallel
-    sizes = replace(sizes, tokens=-(-sizes.tokens // parallel), sequence_parallel=parallel)
-    sizes = replace(sizes, device_gradient_bytes=device_gradients)
-    return replace(sizes, passes=passes, processes=run.world)
+    return replace(
+        sizes,
+        average_bytes=averages,
+        average_follows_weight=follows,
+        state_bytes=state_bytes(options.optimizer, run.dtype, device),
+        ranks=ranks_here(),
+        tokens=-(-sizes.tokens // parallel),
+        sequence_parallel=parallel,
+        device_gradient_bytes=device_gradients,
+        passes=passes,
+        processes=run.world,
+    )
 
 
 def host_memory_line(chosen: ExecutionPlan, machine: Machine) -> str:

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox import stopping
+from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.prepared_flags import kept_values
@@ -44,7 +45,6 @@ from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.model import models
 from cogvideox.model.encode import AsyncCopy
 from cogvideox.preparation.encoding import (
-    Draws,
     Encoders,
     VaeInput,
     encode_captions,
@@ -284,26 +284,26 @@ class Preparation:
         for record in used.values():
             for cut in record.cuts:
                 for variant in cut.variants:
-                    for key, file, frames, draws in self.tensors_of(record, variant, encoders):
-                        new = VaeInput(cut.bucket, frames, file.path, file.stamp, [], draws)
-                        found.setdefault(key, new).records.append(file)
+                    for key, new in self.tensors_of(record, cut.bucket, variant, encoders).items():
+                        if key in found:
+                            found[key].records.extend(new.records)
+                        else:
+                            found[key] = new
         return found
 
     def tensors_of(
-        self, record: ClipRecord, variant: Variant, encoders: Encoders
-    ) -> Iterator[tuple[str, ClipRecord, Variant, Draws]]:
-        """Yields what describes the tensor of a clip's variant, then the tensor of its first frame.
-
-        Yields:
-            (cache key, ledger record of the file, frames to decode, random-number keys of the noise).
-        """
-        yield encoders.video_key(record.content, variant), record, variant, ()
+        self, record: ClipRecord, bucket: Bucket, variant: Variant, encoders: Encoders
+    ) -> dict[str, VaeInput]:
+        """Returns what the VAE encodes for a variant of a clip, by cache key: the clip, then its first frame if any."""
+        clip = VaeInput(bucket, variant, record.path, record.stamp, [record])
+        found = {encoders.video_key(record.content, variant): clip}
         if self.image_variants:
             file = record.first_frame
             first = variant.first_frame(None if record.image is None else record.image.probed)
             drawn = (self.data.seed, file.content, hash_of(first.to_json()))
             draws = tuple((*drawn, number) for number in range(self.image_variants))
-            yield encoders.image_key(draws), file, first, draws
+            found[encoders.image_key(draws)] = VaeInput(bucket, first, file.path, file.stamp, [file], draws)
+        return found
 
     def share(self, items: list[T]) -> list[T]:
         """Returns this rank's share of a list."""
@@ -481,14 +481,14 @@ class Preparation:
     def cached_samples(self, sample: Sample, record: ClipRecord, encoders: Encoders) -> Iterator[CachedSample]:
         """Yields a sample's entries in the index: one per bucket, none if its clip cannot be used."""
         for cut in record.cuts:
-            tensors = [list(self.tensors_of(record, variant, encoders)) for variant in cut.variants]
+            keys = [list(self.tensors_of(record, cut.bucket, variant, encoders)) for variant in cut.variants]
             yield CachedSample(
                 id=sample.id if len(record.cuts) == 1 else f"{sample.id}@{cut.bucket}",
                 caption=sample.caption,
                 bucket=cut.bucket,
-                video_keys=tuple(of_clip[0][0] for of_clip in tensors),
+                video_keys=tuple(video for video, *_ in keys),
                 prompt_key=encoders.prompt_key(sample.caption),
-                image_keys=tuple(key for of_clip in tensors for key, *_ in of_clip[1:]),
+                image_keys=tuple(image for _, *images in keys for image in images),
             )
 
 
