@@ -87,7 +87,7 @@ def test_captions_go_next_to_the_clips_and_can_be_trained_on(
     assert server.requests[0]["model"] == "tiny-vl"
     printed = capsys.readouterr().out
     assert "tokens: Pictures: 3." in printed
-    assert "2 captions written; 1 were there and are unchanged" in printed
+    assert "2 captions written; 1 was there and is unchanged" in printed
     assert caption(folder) == 0
     assert "all 3 clips have a caption; nothing to do" in capsys.readouterr().out
     assert len(server.requests) == 2

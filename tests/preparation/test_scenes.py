@@ -155,6 +155,18 @@ def test_a_clip_of_short_scenes_stays_one_clip(
     assert f"{folder / 'long.mp4'}: {rule}" in capsys.readouterr().out
 
 
+def test_one_clip_that_was_handled_before_is_named_in_the_singular(
+    folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photo.png").unlink()
+    shutil.move(folder / "sub", folder.parent)
+    split()
+    shutil.move(folder.parent / "sub", folder)
+    split()
+    last = "2 clips, of which 1 was handled before and is unchanged: none was cut; table: clips-scenes.csv"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
 def test_rows_are_never_changed_and_deleted_ones_stay_deleted(
     folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -131,7 +131,8 @@ class Captioning:
 
     def report(self, present: int) -> list[str]:
         """Returns the lines at the end; ``present`` is the number of clips that had a caption before."""
-        lines = [f"{plural(self.written, 'caption')} written; {present} were there and are unchanged"]
+        unchanged = "was there and is unchanged", "were there and are unchanged"
+        lines = [f"{plural(self.written, 'caption')} written; {plural(present, *unchanged)}"]
         if self.cut:
             rule = f"{plural(self.cut, 'caption has', 'captions have')} more than the {self.length} tokens of T5"
             lines.append(f"{rule}; shorten them, or delete them and ask for fewer words in --caption_prompt")

@@ -260,7 +260,8 @@ class SceneSplitter:
         if counts["new"] == counts["unreadable"]:
             return ": nothing new (to search them again, delete the table)"
         old = counts["clips"] - counts["new"]
-        before = f", of which {old} were handled before and are unchanged" if old else ""
+        unchanged = "was handled before and is unchanged", "were handled before and are unchanged"
+        before = f", of which {plural(old, *unchanged)}" if old else ""
         if not counts["cut"]:
             return f"{before}: none was cut"
         were = "was" if counts["cut"] == 1 else "were"
