@@ -946,6 +946,21 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
             2,
             "script: 1 problem\n  /d/x: No space left on device, ",
         ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            2,
+            "script: 1 problem\n  the limit of open files is reached; raise it, such as with: ulimit -n 4096",
+        ),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # a process that cannot be started
+            2,
+            "script: 1 problem\n  the limit of processes and threads is reached; raise it (ulimit -u",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            2,
+            "script: 1 problem\n  the limit of processes and threads is reached; raise it (ulimit -u",
+        ),
     ],
 )
 def test_an_error_that_the_user_can_fix_is_one_line(

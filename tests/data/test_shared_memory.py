@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -140,16 +141,38 @@ def test_a_batch_without_room_is_an_error_and_does_not_hang(data: LatentDataset,
     def load() -> str:
         torch.multiprocessing.set_sharing_strategy(strategy)
         try:
-            for batch in batches_of(build_loader(data, sampler_of(data), 4, 2, pin=False)):
-                kept.append(batch)  # so that no batch is freed
+            with batches_of(build_loader(data, sampler_of(data), 4, 2, pin=False)) as batches:
+                kept.extend(batches)  # so that no batch is freed
         except UsageError as error:
             return str(error)
         return "no error"
 
     kept: list[Any] = []
     line = with_small(bytes_needed(4, 2, batch_bytes(data.geometry, data.index, 2)), load, seconds=30)
-    assert line.startswith("/dev/shm: has no room for a batch (unable to allocate shared memory")
+    assert line.startswith("a worker of the loader cannot send a batch (unable to allocate shared memory")
     assert "--dataloader_num_workers 0" in line
+
+
+@pytest.mark.fault("memory: a batch that a worker of the loader cannot send")
+def test_a_batch_that_cannot_be_sent_is_an_error_and_does_not_hang(
+    data: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a socket must not have more than 107 characters."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(deep))  # type: ignore[attr-defined]
+    loader = build_loader(data, sampler_of(data), 1, 1, pin=False)
+    with pytest.raises(UsageError) as error, batches_of(loader) as batches:
+        next(batches)
+    assert str(error.value).startswith("a worker of the loader cannot send a batch (AF_UNIX path too long); run again")
+
+
+def test_errors_of_the_training_keep_all_lines(data: LatentDataset) -> None:
+    with (
+        pytest.raises(UsageError, match=r"^first\nsecond$"),
+        batches_of(build_loader(data, sampler_of(data), 1, 1, False)),
+    ):
+        raise UsageError(["first", "second"])
 
 
 class Silent(LatentDataset):
@@ -181,16 +204,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault("data: a disk that does not answer a worker")
 @pytest.mark.usefixtures("impatient")
 def test_a_batch_that_does_not_arrive_ends_the_run(data: LatentDataset) -> None:
-    with pytest.raises(UsageError) as error:
-        next(batches_of(build_loader(of_kind(Silent, data), sampler_of(data), 1, 1, pin=False)))
+    loader = build_loader(of_kind(Silent, data), sampler_of(data), 1, 1, pin=False)
+    with pytest.raises(UsageError) as error, batches_of(loader) as batches:
+        next(batches)
     assert str(error.value).startswith("--dataloader_num_workers 1: no batch came for 0.5 s; ")
     assert "/dev/shm" in str(error.value)
 
 
 @pytest.mark.fault("memory: a worker of the loader is killed")
-def test_a_killed_worker_is_reported_in_one_line(data: LatentDataset) -> None:
-    with pytest.raises(UsageError) as error:
-        next(batches_of(build_loader(of_kind(Dies, data), sampler_of(data), 1, 1, pin=False)))
+@pytest.mark.parametrize("wait", [next, lambda _: time.sleep(60)], ids=["while it is waited for", "at another time"])
+def test_a_killed_worker_is_reported_in_one_line(wait: Callable[[Any], object], data: LatentDataset) -> None:
+    loader = build_loader(of_kind(Dies, data), sampler_of(data), 1, 1, pin=False)
+    with pytest.raises(UsageError, match=r"^--dataloader_num_workers 1: ") as error, batches_of(loader) as batches:
+        wait(batches)
     assert "is killed by signal: Killed" in str(error.value) or "exited unexpectedly" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -160,3 +160,20 @@ def test_variables_of_another_launcher_are_named(
     output = finish(start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *SHORT)), **variables), 2)
     assert said in output
     assert "Traceback" not in output
+
+
+def test_a_folder_for_temporary_files_that_workers_cannot_use_is_named(
+    model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    """Batches are sent through a socket, whose path must not have more than 107 characters."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    said = finish(
+        start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *SHORT)), TMPDIR=str(deep)), 2
+    )
+    assert "--dataloader_num_workers 2: its processes cannot use the folder for temporary files (AF_UNIX path" in said
+    assert (
+        "; set TMPDIR to a folder that can be written and has a short path, or give --dataloader_num_workers 0" in said
+    )
+    assert list(deep.iterdir()) == []
+    assert not (tmp_path / "lora").exists()

@@ -3,6 +3,8 @@
 ``TRAINING_CHECKS`` is the list. A check takes the options and yields all problems that it finds, one line each.
 """
 
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,23 @@ def image_problems(path: str) -> Iterator[str]:
         yield f"--validation_images {getattr(error, 'strerror', None) or error}"
 
 
+def check_workers(options: TrainOptions) -> Iterator[str]:
+    """Yields a problem if worker processes of the loader could not send batches, for which they need a socket.
+
+    The path of the socket is as long as that of multiprocessing, and the system allows only 107 characters.
+    """
+    workers = options.data.dataloader_num_workers
+    if workers == 0:
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/listener-12345678")
+    except OSError as error:
+        rule = f"its processes cannot use the folder for temporary files ({error.strerror or error})"
+        fix = "set TMPDIR to a folder that can be written and has a short path, or give --dataloader_num_workers 0"
+        yield f"--dataloader_num_workers {workers}: {rule}; {fix}"
+
+
 DATA_CHECKS = (check_data_roots, check_reader, check_tensors)
 TRAINING_CHECKS = (
     check_model,
@@ -74,4 +93,5 @@ TRAINING_CHECKS = (
     check_pipeline,
     check_heads,
     check_launcher,
+    check_workers,
 )

@@ -3,6 +3,7 @@
 Every layer raises UsageError or NonFiniteError; config/args.py prints them and exits with status 2 or 3.
 """
 
+import errno
 import re
 from collections.abc import Sequence
 
@@ -42,6 +43,17 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of the message of an error, or its type if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def limit_problem(error: BaseException) -> str | None:
+    """Returns which limit of the system an error is about, and what to do; None if it is about something else."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "the limit of open files is reached; raise it, such as with: ulimit -n 4096"
+    if str(error) == "can't start new thread" or (number == errno.EAGAIN and type(error) is BlockingIOError):
+        fix = "raise it (ulimit -u, or docker run --pids-limit), or end other programs"
+        return f"the limit of processes and threads is reached; {fix}"
+    return None
 
 
 def plural(count: int, one: str, many: str = "") -> str:

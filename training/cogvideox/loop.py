@@ -318,7 +318,7 @@ class Trainer:
         if self.options.method == "sft":  # a LoRA is saved so fast that it needs no announcement
             self.saver.announce(self.plan.spare_host if isinstance(self.plan, ExecutionPlan) else free_host_bytes())
         self.run.startup.done("evaluation")
-        with closing(metrics.bar), closing(self.saver), closing(batches_of(self._make_loader())) as batches:
+        with closing(metrics.bar), closing(self.saver), batches_of(self._make_loader()) as batches:
             self._run_steps(metrics, batches)
         metrics.close()
 

@@ -39,7 +39,15 @@ from cogvideox.config.options import (
 )
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.config.presets import fill_in
-from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, plural, public_urls
+from cogvideox.errors import (
+    LostRankError,
+    NonFiniteError,
+    UsageError,
+    limit_problem,
+    one_line,
+    plural,
+    public_urls,
+)
 from cogvideox.files import disk_errors_converted
 
 LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
@@ -471,6 +479,11 @@ def exit_status(
             return main(options)
     except UsageError as error:
         problems = error.problems
+    except (OSError, RuntimeError) as error:
+        problem = limit_problem(error)
+        if problem is None:
+            raise
+        problems = (problem,)
     except NonFiniteError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)

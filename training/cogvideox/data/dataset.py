@@ -16,11 +16,15 @@ D text channels, K encodings of one image.
 """
 
 import multiprocessing
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from cogvideox.config.flags import LossFlags
@@ -311,27 +315,25 @@ def begin_worker(_worker: int) -> None:
     its workers. So workers ignore such signals, and the kernel kills them when the training process ends.
     """
     ignore_stop_signals()
+    Queue._on_queue_feeder_error = send_error  # type: ignore[attr-defined]
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with_parent(parent.pid)
 
 
-def collate_shared(samples: Sequence[Batch]) -> Batch:
-    """Stacks samples in a worker process and moves them to shared memory at once.
+def send_error(queue: "Queue[Any]", error: Exception, item: tuple[int, object]) -> None:
+    """Sends an error in place of a batch that a worker process could not send.
 
-    PyTorch would do that later, in the thread that sends the batch. Where shared memory is full, that thread prints the
-    error and drops the batch, and training would wait for it without end. Here the error reaches the training process.
+    The worker shares the memory of a batch in the thread that sends it. Python would print the error there and drop the
+    batch, and training would wait for it without end.
 
-    Raises:
-        UsageError: Shared memory has no room for the batch.
+    Args:
+        queue: The queue to the training process.
+        error: The error, such as a full /dev/shm, or a limit of open files, threads or the path of a socket.
+        item: The number of the batch, and the batch.
     """
-    batch = collate(samples)
-    try:
-        for tensor in batch.tensors().values():
-            tensor.share_memory_()
-    except RuntimeError as error:
-        raise UsageError(f"/dev/shm: has no room for a batch ({first_line(error)}); {FEWER_WORKERS}") from None
-    return batch
+    problem = UsageError(f"a worker of the loader cannot send a batch ({first_line(error)}); {FEWER_WORKERS}")
+    queue.put((item[0], ExceptionWrapper((UsageError, problem, error.__traceback__))))
 
 
 def build_loader(
@@ -352,34 +354,39 @@ def build_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         timeout=LOADER_SECONDS if workers else 0,
-        collate_fn=collate_shared if workers else collate,
+        collate_fn=collate,
         pin_memory=pin,
         persistent_workers=False,
         worker_init_fn=begin_worker,
     )
 
 
-def batches_of(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """Yields the batches of a loader. Closing the generator ends the worker processes, which ignore stop signals.
+@contextmanager
+def batches_of(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """Provides the batches of a loader, and ends its worker processes, which ignore stop signals, after the block.
+
+    PyTorch raises the error of a worker that has died wherever the main thread is at that time.
 
     Raises:
         UsageError: A worker raised it, a worker process died, or no batch arrived within LOADER_SECONDS.
     """
     batches = iter(loader)
     try:
-        yield from batches
-    except UsageError as error:  # a worker's error arrives with its traceback in the text
+        yield batches
+    except UsageError as error:
+        if not str(error).startswith("Caught "):  # a worker's error arrives with its traceback in the text
+            raise
         kind, line = type(error), str(error).strip().splitlines()[-1]
         raise kind(line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
     except RuntimeError as error:
         line = first_line(error)
         if line.startswith("DataLoader timed out"):
             rule = f"no batch came for {LOADER_SECONDS} s; the disk does not answer, or /dev/shm is full"
-            raise UsageError(f"--dataloader_num_workers {loader.num_workers}: {rule}; {FEWER_WORKERS}") from None
-        if line.startswith("DataLoader worker (pid"):
-            rule = f"{line}; a lack of memory, or of /dev/shm, ends workers like that"
-            raise UsageError(f"--dataloader_num_workers {loader.num_workers}: {rule}; {FEWER_WORKERS}") from None
-        raise
+        elif line.startswith("DataLoader worker (pid"):
+            rule = f"{line}; a lack of memory, /dev/shm or threads (ulimit -u) ends workers like that"
+        else:
+            raise
+        raise UsageError(f"--dataloader_num_workers {loader.num_workers}: {rule}; {FEWER_WORKERS}") from None
     finally:
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
