@@ -237,7 +237,7 @@ def test_with_room_for_a_part_training_waits_until_the_originals_of_the_rest_are
     """The state of 32 bytes is written from the tensor of training, and the LoRA of 16 bytes is a copy."""
     monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: 40)
     events: list[str] = []
-    write_hashed, wait = tensor_files.write_hashed, Writing.goes_on_until
+    write_hashed, wait = tensor_files.write_hashed, Writing.wait_for
 
     def slow_write(*arguments: Any) -> None:
         time.sleep(0.1)
@@ -249,7 +249,7 @@ def test_with_room_for_a_part_training_waits_until_the_originals_of_the_rest_are
         events.append("goes on")
 
     monkeypatch.setattr(tensor_files, "write_hashed", slow_write)
-    monkeypatch.setattr(Writing, "goes_on_until", waits)
+    monkeypatch.setattr(Writing, "wait_for", waits)
     engine = FakeEngine()
     saving, expected = saver(tmp_path, engine), engine.weight.clone()
     saving.copy_bytes = 48

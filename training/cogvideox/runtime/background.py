@@ -205,7 +205,7 @@ class Writing:
         """Returns whether the thread has not ended yet."""
         return self.thread.is_alive()
 
-    def goes_on_until(self, event: threading.Event) -> None:
+    def wait_for(self, event: threading.Event) -> None:
         """Waits until the thread has set an event, or has ended."""
         while self.runs and not event.wait(WAIT):
             pass

@@ -226,7 +226,7 @@ class Saver:
         self.writing = Writing(step, partial(self._write_snapshot, step, snapshot))
         how = "it was copied to host memory, and it"
         if left_out:
-            self.writing.goes_on_until(snapshot.only_copies)
+            self.writing.wait_for(snapshot.only_copies)
             how = f"{size_text(room)} of it were copied to host memory and the rest was written, and all"
         self.writing.said = f"training waited {time.monotonic() - started:.1f} s while {how} was written"
         return True

@@ -223,13 +223,13 @@ def moved(text: str, folder: Path, sources: Sources) -> str:
         sources: Makes the addresses at the new place.
     """
 
+    inside = folder.resolve()
+
     def address(match: re.Match[str]) -> str:
         path = folder / unquote(match[2])
         if sources.embed and not (match[1] == "src" and path.is_file() and path.resolve().is_relative_to(inside)):
             return ""
         return f'{match[1]}="{sources.of(path)}"'
-
-    inside = folder.resolve()
 
     return re.sub(r'\b(src|href)="([^"#]+)"', address, text)
 
@@ -275,7 +275,7 @@ def picture(path: Path, sources: Sources) -> str:
 
 
 def summary_of(run: RunFiles) -> str:
-    """Describes a run in one line: steps, loss of the result, and whether stock diffusers has reproduced it."""
+    """Describes a run in one line: its steps, the held-out loss of the result, and whether the result is exported."""
     flags = run.config.get("flags", {})
     done = max((record["step"] for record in run.steps), default=0)
     total = flags.get("max_train_steps")

@@ -255,6 +255,8 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         run.say(f"{folder}: another run is using it ({holder}); waiting {STALE:.0f} s, in case its machine is lost")
 
     try:
+        if problem := content_problem(train):
+            return problem
         folder.mkdir(parents=True, exist_ok=True)
         # The process holds it until it ends; its workers do not hold it.
         run._lock = take_later(folder / LOCK_NAME, say, only_if_lost=True)
@@ -263,8 +265,6 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--output_dir {folder}: another run is using it ({error.strerror}); {fix}"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
-    if problem := content_problem(train):
-        return problem
     with disk_errors_converted(folder), stopping.disk_work():
         remove_temporaries(folder)
     if not (folder / RUN_CONFIG_NAME).exists():
