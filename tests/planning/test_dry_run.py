@@ -17,7 +17,9 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from hub_stand_in import in_hub_cache
+from preparing import complete
 from random_models import TRANSFORMERS, vae_config
+from safetensors.torch import load_file
 from tiny_cogvideox import make_tiny
 
 from cogvideox import host_memory
@@ -31,6 +33,7 @@ from cogvideox.errors import UsageError
 from cogvideox.model.methods import Lora
 from cogvideox.planning import dry_run
 from cogvideox.planning.plan import GIB
+from cogvideox.runtime.resume import StartPoint
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GUIDE = " ".join((Path(__file__).parents[2] / "docs" / "guide.md").read_text().split())
@@ -232,6 +235,48 @@ def test_every_script_predicts_the_steps_of_prepared_data(
     text = capsys.readouterr().out
     assert f"steps: {2 * samples} of 1 sample\n" in text
     assert number(r"GPU memory \(predicted\): ([\d.]+)", text) < 1.0
+
+
+def test_only_tensors_that_are_not_in_the_cache_need_space(model: Path, clips: Path, tmp_path: Path) -> None:
+    """Without the encoders, the tensors are expected in 16 bits. The weights of this model are in fp32."""
+    cache = tmp_path / "cache"
+
+    def encoded_bytes(folder: Path, *more: str) -> int:
+        given = ["--pretrained_model_name_or_path", str(folder), "--data_root", str(clips), *SIZE, *more]
+        options = args.parse(LoraOptions, None, [*given, "--tensor_cache", str(cache), "--dry_run"])
+        return dry_run.read_samples(options, read_geometry(options.model), StartPoint()).encoded_bytes
+
+    configs, fp32 = configs_of(model, tmp_path / "configs"), encoded_bytes(model)
+    assert encoded_bytes(configs) == fp32 / 2
+    assert encoded_bytes(configs, "--dtype", "fp32") == fp32
+    flags = {name.removeprefix("--"): (int(value),) for name, value in zip(SIZE[::2], SIZE[1::2], strict=True)}
+    complete(model, clips, cache, **flags)
+    tensors = [tensor for path in cache.rglob("*.safetensors") for tensor in load_file(path).values()]
+    assert sum(tensor.nbytes for tensor in tensors) == fp32
+    assert encoded_bytes(model) == 0
+
+
+@pytest.mark.parametrize("full", [None, "data", "out"])
+def test_tensors_may_be_on_another_disk(
+    full: str | None,
+    tiny: Tiny,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, output = Path(shutil.copytree(clips, tmp_path / "data")), tmp_path / "out"
+    disks: dict[str, Any] = {
+        name: SimpleNamespace(name=name, stat=lambda number=number: SimpleNamespace(st_dev=number))
+        for number, name in enumerate(("data", "out"))
+    }
+    monkeypatch.setattr(dry_run, "existing_folder", lambda path: disks["data" if data in path.parents else "out"])
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda disk: SimpleNamespace(free=2**40 * (disk.name != full)))
+    flags = ("--gpu", "h100", "--max_train_steps", "1", *SIZE)
+    assert predict(configs_of(tiny("5b"), tmp_path / "model"), data, output, *flags) == bool(full)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk: ")]
+    assert ["(tensors" in line for line in lines] == [True, False]
+    assert [line.endswith("free space") for line in lines] == [full == "data", full == "out"]
 
 
 def test_a_folder_of_the_factory_needs_its_index(published: Path, tmp_path: Path) -> None:
@@ -577,6 +622,7 @@ def without_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("change", "variant", "absent"),
     [
@@ -596,12 +642,22 @@ def test_what_is_missing_in_the_cache_is_not_downloaded(
     tensors: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache"
     in_hub_cache(cache, "5b", model)
     if change:
         change(next((cache / "models--me--5b" / "snapshots").iterdir()))
+    flags = ("--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--cache_dir", str(cache))
+    flags += ("--max_train_steps", "10", *(("--variant", variant) if variant else ()))
+    assert predict(Path("me/5b"), tensors, tmp_path / "out", *flags) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
+    rule = "not checked: whether this model encoded the tensors; me/5b has no {} here"
+    assert lines == ([rule.format(absent)] if absent else [])
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test fail that would download weights."""
     find = huggingface_hub.snapshot_download
 
     def find_only(*arguments: Any, local_files_only: bool = False, **more: Any) -> str:
@@ -609,12 +665,19 @@ def test_what_is_missing_in_the_cache_is_not_downloaded(
         return find(*arguments, local_files_only=True, **more)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", find_only)
-    flags = ("--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--cache_dir", str(cache))
-    flags += ("--max_train_steps", "10", *(("--variant", variant) if variant else ()))
-    assert predict(Path("me/5b"), tensors, tmp_path / "out", *flags) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
-    rule = "not checked: whether this model encoded the tensors; me/5b has no {} here"
-    assert lines == ([rule.format(absent)] if absent else [])
+
+
+@pytest.mark.usefixtures("offline")
+def test_clips_that_cannot_be_used_are_listed_without_weights(
+    tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_hub_cache(tmp_path / "cache", "5b", configs_of(tiny("5b"), tmp_path / "model"))
+    data = Path(shutil.copytree(clips, tmp_path / "data"))
+    video = next(data.rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="--max_bad_fraction"):
+        predict(Path("me/5b"), data, tmp_path / "out", "--gpu", "h100", "--cache_dir", str(tmp_path / "cache"), *SIZE)
+    assert "5 of 6 clips are used, and these are not:" in capsys.readouterr().out
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.geometry import geometry_of
 from cogvideox.config.options import SftOptions
-from cogvideox.planning.dry_run import STORED_BYTES
+from cogvideox.model.models import DTYPES
+from cogvideox.planning.dry_run import STORED
 from cogvideox.runtime.disk_room import checkpoint_bytes
 
 PAGE = (ROOT / "docs" / "costs.md").read_text()
@@ -99,7 +100,7 @@ def test_results_follow_from_the_inputs(price: int) -> None:
 
 def test_formulas_count_the_bytes_of_the_code() -> None:
     formulas = {name: formula for name, formula, _ in RESULTS}
-    assert formulas["clip"].startswith(f"{STORED_BYTES} *")
+    assert formulas["clip"].startswith(f"{DTYPES[STORED].itemsize} *")
     flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", "--optimizer", "adamw"]
     options, _ = args.read_flags(SftOptions, flags, None)
     one = checkpoint_bytes(options, 1, torch.bfloat16, torch.device("cpu"), refers=False)

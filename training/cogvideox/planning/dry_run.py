@@ -10,7 +10,6 @@ the ones that the run itself prints.
 """
 
 import dataclasses
-import math
 import os
 import shutil
 from collections import Counter
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import BOTH_WAYS, CARDS
 from cogvideox.config.conflicts import check_launcher
-from cogvideox.config.flags import TENSOR_FOLDER, TENSOR_INDEX
+from cogvideox.config.flags import TENSOR_FOLDER, TENSOR_INDEX, ModelFlags
 from cogvideox.config.geometry import Geometry, read_config, read_geometry
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.options import (
@@ -40,6 +39,7 @@ from cogvideox.config.options import (
     noise_variants,
     precision_of,
     samples_per_step,
+    tensor_folder,
     under_deepspeed,
 )
 from cogvideox.config.prepared_flags import is_factory_layout
@@ -68,7 +68,7 @@ from cogvideox.planning.execution import (
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.encoding import Encoders
 from cogvideox.preparation.prepare import Preparation
-from cogvideox.preparation.report import duration, failures_explained
+from cogvideox.preparation.report import duration, failures_explained, left_to_encode
 from cogvideox.preparation.tensors import check_index, check_suitable
 from cogvideox.runtime.checkpoint_files import checkpoints
 from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
@@ -83,7 +83,7 @@ from cogvideox.runtime.resume import (
 )
 from cogvideox.runtime.run import PRECISIONS, content_problem
 
-STORED_BYTES = 2  # of an element of the cached tensors, in fp16 or bf16
+STORED = "bf16"  # the precision of encoders that are not here; those of published models take as much
 PLAN_FLAGS = ("plan", "weights_on", "keep", "kept_on", "optimizer_state_on")
 LOW_RANK = 16
 HOST_GIB = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # free host memory that is tried
@@ -213,8 +213,8 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
         lines.append(line)
     transformer = empty_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
-        disk, enough = disk_line(options, samples, run, transformer)
-        return [*lines, f"memory and time are not predicted: {reason}", disk], enough
+        disks, enough = disk_lines(options, samples, run, transformer)
+        return [*lines, f"memory and time are not predicted: {reason}", *disks], enough
     sizes = sizes_from_options(run, options, run.geometry, buckets, transformer)
     machine, backend, name = machine_for(run, options, sizes)
     lines.insert(0, f"{name}; {machine.host_bytes / GIB:.1f} GiB of free host memory for each process")
@@ -222,9 +222,9 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
         plan = plan_for(run, options, buckets, machine, backend)
     except NoPlanError as error:
         lines += [f"does not fit: {error}", *ways_out(run, options, buckets, machine, backend)]
-        return [*lines, disk_line(options, samples, run, transformer)[0]], False
-    disk, enough = disk_line(options, samples, run, transformer, plan)
-    return [*lines, *plan_lines(plan, machine, run), disk], enough
+        return [*lines, *disk_lines(options, samples, run, transformer)[0]], False
+    disks, enough = disk_lines(options, samples, run, transformer, plan)
+    return [*lines, *plan_lines(plan, machine, run), *disks], enough
 
 
 def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[str]:
@@ -263,20 +263,28 @@ def read_samples(options: TrainOptions, geometry: Geometry, start: StartPoint) -
             used = index if image_flags(options) is not None else index.without_images()
             check_same_samples(start, used, options)
         return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0, unchecked)
-    folder, variants = Path(str(options.loader.tensor_cache)), noise_variants(options)
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, alone(), variants)
+    where, variants = (tensor_folder(options), alone("cuda")), noise_variants(options)
+    here = on_this_machine(options.model)
+    preparation = Preparation(here, options.data, options.encode, geometry, *where, variants)
     records = preparation.plan()
     with failures_explained(preparation, tqdm.write):
         preparation.check(records)
     listed = len(records) - preparation.num_validation
     cuts = [(s.id, cut) for s, r in zip(preparation.samples[:listed], records, strict=False) for cut in r.cuts]
-    numbers = len(preparation.captions(records)) * geometry.max_text_seq_length * geometry.text_embed_dim
-    for record in {record.request: record for record in records}.values():
-        for cut in record.cuts:
-            images = variants * math.prod(geometry.image_shape(cut.bucket))
-            numbers += len(cut.variants) * (math.prod(geometry.moments_shape(cut.bucket)) + images)
-    ids = [f"{name}@{cut.bucket}" for name, cut in cuts]
-    return Samples(ids, [cut.bucket for _, cut in cuts], numbers * STORED_BYTES)
+    if absent_encoders(here):  # so nothing has been encoded
+        dtype = options.encode.dtype or STORED
+        encoders = Encoders("", "", dtype, dtype, options.encode.encode_tiling, geometry.max_text_seq_length)
+    else:
+        encoders = preparation.encoders
+    encoded_bytes = left_to_encode(preparation, records, encoders)[-1]
+    return Samples([f"{name}@{cut.bucket}" for name, cut in cuts], [cut.bucket for _, cut in cuts], encoded_bytes)
+
+
+def absent_encoders(model: ModelFlags) -> list[str]:
+    """Returns the encoders of which weights are missing in the folder of a model, or else the tokenizer if it is."""
+    absent = [part for part in ("vae", "text_encoder") if not has_weights(model, part)]
+    has_tokenizer = Path(model.pretrained_model_name_or_path, "tokenizer").is_dir()
+    return absent or ([] if has_tokenizer else ["tokenizer"])
 
 
 def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> Iterator[str]:
@@ -286,20 +294,17 @@ def encoders_unchecked(index: CacheIndex, geometry: Geometry, options: TrainOpti
         UsageError: The folder was made with others.
     """
     here = on_this_machine(options.model)
-    absent = [part for part in ("vae", "text_encoder") if not has_weights(here, part)]
-    if not absent and not Path(here.pretrained_model_name_or_path, "tokenizer").is_dir():
-        absent = ["tokenizer"]
-    if absent:
+    if absent := absent_encoders(here):
         yield unchecked_line("this model encoded the tensors", options, absent)
     else:
         encoders = Encoders.of(here, options.encode, geometry, torch.device("cpu"))
         check_index(index, encoders, Path(options.data.data_root[0]))
 
 
-def disk_line(
+def disk_lines(
     options: TrainOptions, samples: Samples, run: PlannedRun, transformer: Any, plan: ExecutionPlan | None = None
-) -> tuple[str, bool]:
-    """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result.
+) -> tuple[list[str], bool]:
+    """Returns a line about each disk, and whether all have enough space: for tensors, checkpoints and the result.
 
     Args:
         options: The flags of the script.
@@ -315,16 +320,32 @@ def disk_line(
     refers = not (isinstance(options, LoraOptions) or options.loss.use_ema or sharded or under_deepspeed())
     trained = sum(parameter.numel() for parameter in trainable(transformer).values())
     one = checkpoint_bytes(options, trained, run.dtype, torch.device("cpu"), refers)
-    result = trained * run.dtype.itemsize
-    output = Path(train.output_dir).absolute()
-    folder = next(path for path in (output, *output.parents) if path.is_dir())
-    needed, free = samples.encoded_bytes + kept * one + result, shutil.disk_usage(folder).free
-    parts = (
-        f"tensors {samples.encoded_bytes / GIB:.2f}, {plural(kept, 'checkpoint')} of {one / GIB:.2f}, "
-        f"result {result / GIB:.2f}"
-    )
-    line = f"disk: {needed / GIB:.2f} GiB ({parts}); {free / GIB:.1f} GiB are free in {folder}"
-    return line if needed < free else f"{line}: give --checkpoints_total_limit, or free space", needed < free
+    result, encoded = trained * run.dtype.itemsize, samples.encoded_bytes
+    written = {f"{plural(kept, 'checkpoint')} of {one / GIB:.2f}": kept * one, f"result {result / GIB:.2f}": result}
+    tensors = {f"tensors {encoded / GIB:.2f}": encoded}
+    output = existing_folder(Path(train.output_dir))
+    cache = existing_folder(tensor_folder(options)) if encoded else output
+    fix = "give --checkpoints_total_limit, or free space"
+    if cache.stat().st_dev == output.stat().st_dev:
+        found = [disk_line(output, tensors | written, fix)]
+    else:
+        found = [
+            disk_line(cache, tensors, "give another --tensor_cache, or free space"),
+            disk_line(output, written, fix),
+        ]
+    return [line for line, _ in found], all(enough for _, enough in found)
+
+
+def existing_folder(path: Path) -> Path:
+    """Returns a folder, or the nearest one above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def disk_line(folder: Path, written: dict[str, int], fix: str) -> tuple[str, bool]:
+    """Returns the line about the disk of a folder, and whether it has enough space for bytes by their description."""
+    needed, free = sum(written.values()), shutil.disk_usage(folder).free
+    line = f"disk: {needed / GIB:.2f} GiB ({', '.join(written)}); {free / GIB:.1f} GiB are free in {folder}"
+    return (line, True) if needed < free else (f"{line}: {fix}", False)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -333,23 +333,25 @@ def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+def left_to_encode(
+    preparation: Preparation, records: Records, encoders: Encoders
+) -> tuple[list[VaeInput], list[str], int]:
+    """Returns the clips and captions whose tensors are not in the cache, and the bytes of these tensors."""
+    cache, geometry = preparation.cache, preparation.geometry
+    todo = [clip for key, clip in preparation.vae_inputs(records, encoders).items() if not cache.has(key)]
+    captions = missing_captions(cache, encoders, preparation.captions(records))
+    size = sum(math.prod(clip.shape(geometry)) for clip in todo) * models.DTYPES[encoders.vae_dtype].itemsize
+    embedding = geometry.max_text_seq_length * geometry.text_embed_dim
+    return todo, captions, size + len(captions) * embedding * models.DTYPES[encoders.text_dtype].itemsize
+
+
 def cost(preparation: Preparation, records: Records) -> str:
     """Estimates what is left to encode, in bytes and hours. For the hours, the VAE encodes a few frames of one clip."""
-    geometry = preparation.geometry
     try:
         encoders = preparation.encoders
     except UsageError as error:
         return f"hours are not known: {error}"
-    cache = preparation.cache
-    todo = [clip for key, clip in preparation.vae_inputs(records, encoders).items() if not cache.has(key)]
-    captions = missing_captions(cache, encoders, preparation.captions(records))
-    size = sum(math.prod(clip.shape(geometry)) for clip in todo) * models.DTYPES[encoders.vae_dtype].itemsize
-    size += (
-        len(captions)
-        * geometry.max_text_seq_length
-        * geometry.text_embed_dim
-        * models.DTYPES[encoders.text_dtype].itemsize
-    )
+    todo, captions, size = left_to_encode(preparation, records, encoders)
     images = sum(bool(clip.draws) for clip in todo)
     each = f"{plural(preparation.image_variants, 'time')} each"
     frames = f", {plural(images, 'first frame')} {each}" if images else ""

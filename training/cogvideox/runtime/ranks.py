@@ -80,9 +80,9 @@ def connecting() -> Iterator[None]:
         ) from error
 
 
-def alone() -> "Ranks":
-    """Returns a process that works by itself on the CPU, even if a launcher has started others."""
-    state: Any = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, device=torch.device("cpu"))
+def alone(device: str = "cpu") -> "Ranks":
+    """Returns a process that works by itself on a device, even if a launcher has started others."""
+    state: Any = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, device=torch.device(device))
     return Ranks(state)
 
 
