@@ -185,7 +185,7 @@ def disk_errno(error: BaseException) -> int | None:
     return None
 
 
-def disk_error(folder: Path, number: int, needed: int | None = None) -> DiskError:
+def disk_error(folder: Path, number: int, needed: int | None) -> DiskError:
     """Returns the error for a folder in which writing failed.
 
     Args:

@@ -182,7 +182,7 @@ def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, Vid
         return replace(record, status=UNREADABLE, reason=str(error))
 
 
-def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe, section: Section | None = None) -> ClipRecord:
+def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe, section: Section | None) -> ClipRecord:
     """Returns the record with a cut for each bucket that the clip fills, or with the reason why it fills none.
 
     Args:

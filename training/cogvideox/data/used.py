@@ -50,7 +50,7 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
 
 
 def bucket_rows(
-    used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0
+    used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int
 ) -> list[tuple[str, ...]]:
     """Returns a row for each bucket: its clips, how they are resized, and the size of their tensors in MiB."""
     rows = []

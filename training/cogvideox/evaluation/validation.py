@@ -67,7 +67,7 @@ class Prompts:
     images: Sequence[Path] = ()
 
 
-def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path] = ()) -> Prompts:
+def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path]) -> Prompts:
     """Embeds the validation prompts, one at a time as a pipeline does.
 
     The embeddings are cached in the output folder, so a resumed run does not load T5. T5 is freed before this returns.

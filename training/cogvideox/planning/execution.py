@@ -311,7 +311,7 @@ def host_restrictions(options: TrainOptions, world: int) -> Iterator[str]:
         yield "weights can be trained on the host only with a single GPU"
 
 
-def axes_of(options: TrainOptions, world: int = 1) -> Axes:
+def axes_of(options: TrainOptions, world: int) -> Axes:
     """Returns the values that the flags leave open for each axis of the plan."""
     flags, axes = wanted_places(options), plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}

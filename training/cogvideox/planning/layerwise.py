@@ -16,7 +16,7 @@ from cogvideox.planning.plan import AUTO
 from cogvideox.planning.stack import lora_layers, quantization_kinds
 
 
-def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtype, precision: str = AUTO) -> None:
+def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtype, precision: str) -> None:
     """Installs the hooks of every layer.
 
     Args:

@@ -146,7 +146,7 @@ def encode_captions(
     total: int,
     batch: int,
     ranks: Ranks,
-    t5_on: str = "auto",
+    t5_on: str,
 ) -> None:
     """Embeds captions into the cache. T5 is loaded only if there are captions.
 

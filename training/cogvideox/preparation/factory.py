@@ -103,7 +103,7 @@ def open_factory(
     embed_empty: Callable[[], None],
     ranks: "Ranks",
     say: Callable[[str], None],
-    images: bool = False,
+    images: bool,
 ) -> CacheIndex:
     """Converts a factory's folder into a cache and returns its index. The main process converts, the others wait.
 

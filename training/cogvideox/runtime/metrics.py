@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl, which has one JSON object per line for each optimizer step or measurement of the held-out loss.
+"""Reads metrics.jsonl: a JSON object per line for each optimizer step, held-out loss, and set of validation videos.
 
 ``read_records`` returns the lines, and ``column`` extracts one number by step. Held-out losses can be compared only if
 they were measured on the same grid of clips, timesteps and noises; ``of_grid`` and ``by_grid`` separate the grids.

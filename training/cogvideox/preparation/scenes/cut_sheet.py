@@ -30,7 +30,7 @@ CUTS_PER_SHEET = 120
 Cut = tuple[str, float]  # the path of a file, and the time at which a scene begins or ends
 
 
-def sheet_path(table: Path, number: int = 1) -> Path:
+def sheet_path(table: Path, number: int) -> Path:
     """Returns the path of a sheet next to its table; sheets are counted from 1."""
     return table.with_name(f"{table.stem}-cuts{f'-{number}' if number > 1 else ''}.png")
 

@@ -11,7 +11,7 @@ A part begins at a keyframe, so that no frame is decoded twice, and has its own 
 import os
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -162,11 +162,11 @@ def _divided(info: VideoInfo, scene: range, longest: float | None) -> Iterator[r
 class SceneSplitter:
     """Writes the table of scenes and the picture of its cuts."""
 
-    def __init__(self, options: SceneOptions, say: Callable[[str], None] = print) -> None:
-        """Takes the flags; ``say`` prints a line."""
+    def __init__(self, options: SceneOptions) -> None:
+        """Takes the flags."""
         assert options.scenes.table is not None, "it has been derived"
         data = options.data
-        self._flags, self._data, self._say = options.scenes, data, say
+        self._flags, self._data = options.scenes, data
         self._root = os.path.abspath(data.data_root[0])
         self._file = Path(options.scenes.table)
         self._limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
@@ -194,7 +194,7 @@ class SceneSplitter:
                 for path, rows in ProgressBar(new.items(), desc="searching for cuts", unit="clip", leave=False):
                     search = next(searches) if any(map(_may_be_cut, rows)) else None
                     if search is not None and search.info is None:
-                        self._say(bad_line(path, f"is left out, because it {search.problem}"))
+                        print(bad_line(path, f"is left out, because it {search.problem}"))
                         self._counts["unreadable"] += 1
                         continue
                     table.add(path, [scene for row in rows for scene in self._scenes(row, search)])
@@ -212,7 +212,7 @@ class SceneSplitter:
             rule = (
                 f"stays one clip, because its frames cannot be read; delete its row to leave it out: {search.problem}"
             )
-            self._say(bad_line(clip.video, rule))
+            print(bad_line(clip.video, rule))
             return [clip]
         scenes = scenes_of(info, search.detector.cuts, flags.max_scene_seconds)
         if len(scenes) == 1:
@@ -220,20 +220,20 @@ class SceneSplitter:
         kept = [scene for scene in scenes if info.seconds_of(scene) > flags.min_scene_seconds - TIME_SLACK]
         if not kept:
             rule = f"all of its {len(scenes)} scenes are shorter than --min_scene_seconds {flags.min_scene_seconds:g}"
-            self._say(bad_line(clip.video, f"stays one clip, because {rule}; delete its row to leave it out"))
+            print(bad_line(clip.video, f"stays one clip, because {rule}; delete its row to leave it out"))
             return [clip]
         repeats = flags.scene_captions == "repeat"
         self._counts.update(cut=1, scenes=len(kept), short=len(scenes) - len(kept))
         self._counts["captions"] += bool(clip.caption) and not repeats
         short = f", without {len(scenes) - len(kept)} that are too short" if len(scenes) > len(kept) else ""
-        self._say(one_line(f"{clip.video}: {plural(len(kept), 'scene')}{short}"))
+        print(one_line(f"{clip.video}: {plural(len(kept), 'scene')}{short}"))
         return [Clip(clip.video, _section(info, scene), clip.caption if repeats else "") for scene in kept]
 
     def _draw(self) -> None:
         file = str(self._file.absolute())
         data = replace(self._data, dataset_file=file, caption_column=None, video_column=None, image_column=None)
         for sheet in draw_cuts(self._file, clips_of(data), self._root, self._limits):
-            self._say(f"picture of the cuts: {sheet}")
+            print(f"picture of the cuts: {sheet}")
 
     def report(self) -> list[str]:
         """Returns the lines at the end."""
