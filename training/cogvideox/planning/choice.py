@@ -11,9 +11,9 @@ from itertools import product
 
 import numpy as np
 
-from cogvideox.planning.costs import Array, Costs, Kinds, Numbers
+from cogvideox.planning.costs import Array, Costs, Kinds, Numbers, order
 from cogvideox.planning.plan import GIB, LEVELS, Axes, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
-from cogvideox.planning.timeline import Timeline, exchange_seconds, order
+from cogvideox.planning.timeline import Timeline, exchange_seconds
 
 LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level (measured for 5b at 49x480x720)
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast

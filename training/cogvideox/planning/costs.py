@@ -27,7 +27,7 @@ import numpy as np
 from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
 from cogvideox.memory.streaming import IN_FLIGHT, STAGES, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
-from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
+from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Sizes
 
 WEIGHTS, SAVED, GRADIENTS, STATE, AVERAGE = "weights", "saved", "gradients", "state", "average"
 # By compiled and level: the units that a block's backward pass needs in addition to its saved activations.
@@ -39,10 +39,12 @@ WORKSPACE_UNITS = {
 FORWARD_UNITS = {True: 5.0, False: 22.0}
 ENDS_UNITS = 1.8  # tensors before the first and after the last block
 EXCHANGED_UNITS = 7.0  # counted, not measured: what attention's backward pass has of all tokens of some heads
-# By compiled and level: the units that backward needs in addition if all weights are trained, without their gradients.
+# The same by compiled and level, if all weights are trained: the units while no gradient of a weight exists, and those
+# that exist together with all gradients. The fuller moment counts. For 5b, 1.5-5b and 2b, compiled, the first are 22.2,
+# 21.1, 12.4 to 13.2, and the second at most 7.9 (one_block_*_sft.json). Uncompiled blocks were measured for 5b only.
 TRAINED_UNITS = {
-    True: {"input": 0.6, "attention": 1.5, "linear": 0.0, "all": 0.0},
-    False: {"input": 7.5, "attention": 7.4, "linear": 6.4, "all": 1.4},
+    True: {"input": (22.2, 8.0), "attention": (21.2, 8.0), "linear": (13.2, 8.0), "all": (8.0, 8.0)},
+    False: {"input": (45.7, 45.7), "attention": (44.6, 44.6), "linear": (34.6, 34.6), "all": (26.6, 26.6)},
 }
 DEQUANTIZED_SHARE = {True: 0.1, False: 1.2}
 """By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a compiled
@@ -56,6 +58,32 @@ Kinds: TypeAlias = Mapping[BlockPlan, Numbers]  # a mixture, or an array of mixt
 def largest(*numbers: Numbers) -> Numbers:
     """Returns the largest of several numbers, for each mixture if some of them are arrays."""
     return reduce(np.maximum, numbers)
+
+
+def is_late(kind: BlockPlan) -> bool:
+    """Returns whether a kind's weights are on the device while its state passes through the device."""
+    return kind.weights == DEVICE and kind.state == HOST
+
+
+def order(kinds: Kinds, blocks: int) -> Array:
+    """Returns how a mixture of at most two kinds is ordered, as positions in ``kinds``, (blocks, mixtures).
+
+    The kinds are spread evenly, so that copies have time to overlap. The first block is the one with less on the host,
+    so that forward begins before a copy has ended; if only the place of saved activations differs, the last block has
+    them on the device, so that backward does. Blocks on the device whose state is on the host are the last ones, so
+    that their state passes while the others compute.
+    """
+    counts = np.stack([np.atleast_1d(n) for n in kinds.values()])  # (kinds, mixtures)
+    first, second = (counts > 0).argmax(axis=0), len(counts) - 1 - (counts[::-1] > 0).argmax(axis=0)
+    count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
+    away = np.array([[kind.weights, kind.state].count(HOST) for kind in kinds])
+    begins = away[first] != away[second]
+    is_first = np.where(begins, away[first] < away[second], np.array([kind.kept == DEVICE for kind in kinds])[first])
+    n = np.where(is_first, count, blocks - count)  # of the kind that the model begins or ends with
+    spread = np.where(begins, i * n % blocks < n, (i + 1) * n // blocks > i * n // blocks) == is_first
+    late = np.array([is_late(kind) for kind in kinds])
+    split = np.where(late[first], i >= blocks - count, i < count)
+    return np.where(np.where(late[first] == late[second], spread, split), first, second)
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,11 @@ class Costs:
     def only(self, chosen: Array) -> "Costs":
         """Returns the costs of some of the mixtures, by a mask (mixtures,)."""
         return replace(self, kinds={kind: numbers[chosen] for kind, numbers in self.kinds.items()})
+
+    @cached_property
+    def order(self) -> Array:
+        """Returns the kind of each block, as positions in ``kinds``, (blocks, mixtures)."""
+        return order(self.kinds, self.sizes.blocks)
 
     # -- the table of bytes --------------------------------------------------------------------------------------------
 
@@ -144,7 +177,7 @@ class Costs:
         state = self.state_at(DEVICE) + self.average_at(DEVICE)
         stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + state
         dequantized = round(sizes.matrix_bytes * DEQUANTIZED_SHARE[self.compiled])
-        backward = self.activation_bytes + self.gradient_bytes + dequantized
+        backward = self.activation_bytes + self.moving_gradient_bytes + dequantized
         return stored + largest(backward, self.forward_bytes, self.complete_sample_bytes)
 
     @property
@@ -154,14 +187,36 @@ class Costs:
         units = (WORKSPACE_UNITS[self.compiled]["attention"] + ENDS_UNITS) * parallel * (parallel > 1)
         return round(units * self.sizes.unit_bytes / self.sizes.samples)
 
+    def work_bytes(self, kind: BlockPlan) -> int:
+        """Returns the device bytes that the backward pass of one block needs, with its gradients."""
+        sizes, own = self.sizes, WORKSPACE_UNITS[self.compiled][kind.keep]
+        without, beside = TRAINED_UNITS[self.compiled][kind.keep] if sizes.block_trained else (own, own)
+        more = self.ends_units + EXCHANGED_UNITS * (sizes.sequence_parallel > 1)
+        gradients = sizes.block_trained * sizes.item_bytes
+        return max(round((without + more) * sizes.unit_bytes), round((beside + more) * sizes.unit_bytes) + gradients)
+
+    @cached_property
+    def largest_work_bytes(self) -> Numbers:
+        """Returns the device bytes that the backward pass of the block that needs most needs, with its gradients."""
+        return largest(*((n > 0) * self.work_bytes(kind) for kind, n in self.kinds.items()))
+
     @cached_property
     def activation_bytes(self) -> Numbers:
-        """Returns the device bytes of saved activations, and of those that a backward pass computes."""
-        more = TRAINED_UNITS[self.compiled] if self.sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
-        units = {level: WORKSPACE_UNITS[self.compiled][level] + more[level] for level in LEVELS}
-        work = largest(*((n > 0) * units[kind.keep] for kind, n in self.kinds.items()))
-        exchanged = EXCHANGED_UNITS * (self.sizes.sequence_parallel > 1)
-        return self.saved_bytes + np.rint((work + exchanged + self.ends_units) * self.sizes.unit_bytes).astype(int)
+        """Returns the device bytes of saved activations, and of what backward computes, when these are most.
+
+        Backward starts with the last block. Before it comes to one of another kind, what the blocks from there on have
+        saved is deleted.
+        """
+        last = self.order[-1]
+        at_the_end = np.cumprod(self.order[::-1] == last, axis=0).sum(axis=0)  # number of blocks like the last one
+        saved = np.array([self.sizes.kept_bytes(kind.keep) * (kind.kept == DEVICE) for kind in self.kinds])[last]
+        work = largest(
+            *(
+                (n > 0) * (self.work_bytes(kind) - (last != position) * at_the_end * saved)
+                for position, (kind, n) in enumerate(self.kinds.items())
+            )
+        )
+        return self.saved_bytes + work
 
     @cached_property
     def forward_bytes(self) -> Numbers:
@@ -187,15 +242,15 @@ class Costs:
         return total
 
     @cached_property
-    def gradient_bytes(self) -> Numbers:
-        """Returns the device bytes of block gradients: of the current block, and of those on their way to the host."""
+    def moving_gradient_bytes(self) -> Numbers:
+        """Returns the device bytes of gradients of earlier blocks that are on their way to the host, or added there."""
         sizes = self.sizes
         sums = sizes.sum_bytes * np.minimum(IN_FLIGHT, self.streamed)
         if sizes.passes > 1:
             # Earlier gradients are copied back, one block ahead, and added to a new sum. Those of one pass are no sums.
             earlier = sizes.item_bytes if sizes.passes == 2 else sizes.sum_bytes
             sums = sums + (self.streamed > 0) * (sizes.sum_bytes + earlier)
-        return sizes.block_trained * (sizes.item_bytes + sums)
+        return sizes.block_trained * sums
 
     @cached_property
     def transfer_slot_bytes(self) -> Numbers:
@@ -222,18 +277,19 @@ class Costs:
         """Returns the peak of device memory if weights are sharded: when backward starts or ends, or in evaluation.
 
         Each process keeps fp32 rows of weights, moments and, from the first backward pass on, gradients, unless they
-        are stored on the host. Two blocks are gathered at a time; the gradients of one are in the compute type, and
-        become fp32 before they are summed. To sample and to export, each process gathers all weights.
+        are stored on the host. Two blocks are gathered at a time; the gradients of the block before become fp32 and
+        are summed while one computes. To sample and to export, each process gathers all weights.
         """
         sizes = self.sizes
         rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
         gathered = sizes.trained * sizes.item_bytes
         kept = sizes.rest_bytes + rows * (sizes.state_bytes + sizes.average_bytes) + gathered
-        blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
-        start = self.activation_bytes + (4 * rows if sizes.passes > 1 else 0)
-        work = round((WORKSPACE_UNITS[self.compiled]["attention"] + self.ends_units) * sizes.unit_bytes)
-        evaluation = sizes.blocks * sizes.block_bytes + largest(work, self.complete_sample_bytes)
-        return kept + largest(blocks + start, blocks + work + 4 * rows, evaluation)
+        blocks = 2 * sizes.block_bytes + 4 * sizes.block_trained
+        start = blocks + self.activation_bytes + (4 * rows if sizes.passes > 1 else 0)
+        end = blocks + self.largest_work_bytes + 4 * rows
+        sampling = round((WORKSPACE_UNITS[self.compiled]["attention"] + self.ends_units) * sizes.unit_bytes)
+        evaluation = sizes.blocks * sizes.block_bytes + largest(sampling, self.complete_sample_bytes)
+        return kept + largest(start, end, evaluation)
 
     @cached_property
     def zero2_peak_bytes(self) -> Numbers:
@@ -259,7 +315,7 @@ class Costs:
         left = replace(self, kinds={kind: n * (1 - done) for kind, n in self.kinds.items()}).saved_bytes
         copies = round(self.ends_units * sizes.unit_bytes) + bucket * (sizes.item_bytes + 4)
         full = np.rint(left) + sizes.block_trained * sizes.item_bytes + 4 * share
-        full = full + largest(copies, backward - self.saved_bytes)
+        full = full + largest(copies, self.largest_work_bytes)
         return stored + largest(full, backward + (4 * share if sizes.passes > 1 else 0))
 
     # -- host memory ---------------------------------------------------------------------------------------------------

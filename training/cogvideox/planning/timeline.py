@@ -30,8 +30,8 @@ import numpy as np
 
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
-from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Kinds, Numbers
-from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Machine, Sizes
+from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Numbers
+from cogvideox.planning.plan import HOST, Machine, Sizes
 
 IN, OUT, LAST = 0, 1, 2  # copies in; copies out; copies out of updates, which let all others go first
 
@@ -65,38 +65,12 @@ EIGHT_BIT_SECONDS = 1.57e-11
 HOST_STEP_SECONDS = 5.7e-10
 
 
-def order(kinds: Kinds, blocks: int) -> Array:
-    """Returns how a mixture of at most two kinds is ordered, as positions in ``kinds``, (blocks, mixtures).
-
-    The kinds are spread evenly, so that copies have time to overlap. The first block is the one with less on the host,
-    so that forward begins before a copy has ended; if only the place of saved activations differs, the last block has
-    them on the device, so that backward does. Blocks on the device whose state is on the host are the last ones, so
-    that their state passes while the others compute.
-    """
-    counts = np.stack([np.atleast_1d(n) for n in kinds.values()])  # (kinds, mixtures)
-    first, second = (counts > 0).argmax(axis=0), len(counts) - 1 - (counts[::-1] > 0).argmax(axis=0)
-    count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
-    away = np.array([[kind.weights, kind.state].count(HOST) for kind in kinds])
-    begins = away[first] != away[second]
-    is_first = np.where(begins, away[first] < away[second], np.array([kind.kept == DEVICE for kind in kinds])[first])
-    n = np.where(is_first, count, blocks - count)  # of the kind that the model begins or ends with
-    spread = np.where(begins, i * n % blocks < n, (i + 1) * n // blocks > i * n // blocks) == is_first
-    late = np.array([is_late(kind) for kind in kinds])
-    split = np.where(late[first], i >= blocks - count, i < count)
-    return np.where(np.where(late[first] == late[second], spread, split), first, second)
-
-
 def exchange_seconds(level: str, sizes: Sizes, machine: Machine) -> tuple[float, float]:
     """Returns the seconds in which forward and backward of a block exchange tensors between processes."""
     if sizes.sequence_parallel == 1:
         return 0.0, 0.0
     forward, backward = (units * sizes.unit_bytes / machine.exchange for units in EXCHANGED)
     return forward, backward + RECOMPUTED[level][1] * forward
-
-
-def is_late(kind: BlockPlan) -> bool:
-    """Returns whether a kind's weights are on the device while its state passes through the device."""
-    return kind.weights == DEVICE and kind.state == HOST
 
 
 def in_first(present: Array, count: int) -> Array:
@@ -278,7 +252,6 @@ class Timeline:
     def __init__(self, costs: Costs, machine: Machine) -> None:
         self.costs, self.sizes, self.machine = costs, costs.sizes, machine
         self.kinds = list(costs.kinds)
-        self.order = order(costs.kinds, costs.sizes.blocks)
         self.streamed = self.of([kind.weights == HOST for kind in self.kinds])
         self.stored = self.of([kind.kept == HOST for kind in self.kinds])
         self.weights, self.saved = self.on_host(WEIGHTS), self.on_host(SAVED)
@@ -290,7 +263,7 @@ class Timeline:
 
     def of(self, values: Sequence[Any]) -> Array:
         """Returns a value of each kind for every block."""
-        return np.array(values)[self.order]
+        return np.array(values)[self.costs.order]
 
     def on_host(self, part: str) -> Array:
         """Returns the bytes of a part of every block, if it is on the host, else 0."""
@@ -358,8 +331,8 @@ class Timeline:
 
         The first pass begins with the updates of the step before.
         """
-        link = Link(self.machine.copies, self.machine.both_ways, self.order.shape[1])
-        now = np.zeros(self.order.shape[1])
+        link = Link(self.machine.copies, self.machine.both_ways, self.costs.order.shape[1])
+        now = np.zeros(self.costs.order.shape[1])
         if number == 0:
             now = self.start(link, now)
         leaving = Leaving(link, now)
@@ -388,7 +361,7 @@ class Timeline:
 
     def forward(self, link: Link, now: Array, saved: Leaving, updates: bool) -> Array:
         """Runs the forward pass; returns when it has ended."""
-        forward = np.array([self.compute_seconds(kind.keep)[0] for kind in self.kinds])[self.order]
+        forward = np.array([self.compute_seconds(kind.keep)[0] for kind in self.kinds])[self.costs.order]
         # Frozen weights of the blocks that backward has used last are still there.
         there = in_first(self.streamed, 0 if self.sizes.block_trained else WEIGHT_SLOTS)
         state, gradients = self.state * updates, self.gradients * updates
@@ -411,7 +384,7 @@ class Timeline:
             gradients: The bytes of gradients of each block that leave for the host.
         """
         down = slice(None, None, -1)
-        backward = np.array([self.compute_seconds(kind.keep)[1] for kind in self.kinds])[self.order][down]
+        backward = np.array([self.compute_seconds(kind.keep)[1] for kind in self.kinds])[self.costs.order][down]
         streamed, stored = self.streamed[down], self.stored[down]
         trained = self.sizes.block_trained
         backward = backward + np.where(streamed, self.norm_seconds(trained), self.collect_seconds(trained))
