@@ -85,6 +85,12 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives every disk enough free space."""
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+
+
 def add_checkpoint(output: Path, step: int, index: Path) -> None:
     """Adds a checkpoint of a step, without weights, to the output folder of a run on prepared data."""
     (output / f"checkpoint-{step}").mkdir(parents=True)
@@ -182,6 +188,7 @@ def test_cards_without_nvlink_exchange_divided_tokens_slowly(
     assert 6 < seconds["rtx4090"] / seconds["h200"] < 16
 
 
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize("local", ["1", "2"])
 def test_gradients_are_summed_over_all_machines(
     local: str,
@@ -192,7 +199,6 @@ def test_gradients_are_summed_over_all_machines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One GPU on each of two machines sums as many gradients as two GPUs of one machine."""
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
     given = ("--load_tensors", "--gpu", "h200", "--host_memory", "400", "--train_batch_size", "1")
     seconds = []
     for processes in ("1", "2"):
@@ -453,6 +459,7 @@ def test_a_full_disk_is_reported(
     assert "give --checkpoints_total_limit, or free space" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize(
     ("card", "flags", "processes", "bytes_of_a_weight"),
     [
@@ -476,7 +483,6 @@ def test_the_size_of_a_checkpoint_follows_from_what_stores_the_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
     given = ["--load_tensors", "--gpu", card, "--host_memory", "400", "--train_batch_size", "1", *flags.split()]
     assert predict(published, index, tmp_path / "out", *given, script=TEXT_SFT) == 0
     text = capsys.readouterr().out
@@ -504,23 +510,60 @@ def test_checkpoints_by_the_clock_are_predicted(
     assert number(r"(\d+) checkpoints of", text) == pytest.approx(1 + 400 * seconds / 120, abs=1)
 
 
+def mixed_index(index: Path, folder: Path, *buckets: Bucket) -> Path:
+    """Writes an index whose samples are divided equally among buckets."""
+    samples = open_index(index).samples
+    mixed = [replace(sample, bucket=buckets[i % len(buckets)]) for i, sample in enumerate(samples)]
+    folder.mkdir()
+    replace(open_index(index), samples=tuple(mixed)).save(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize(("processes", "script"), [("1", TEXT_LORA), ("2", TEXT_SFT)])
+def test_hours_are_those_of_all_buckets(
+    processes: str,
+    script: str,
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The plan is that of the largest bucket, here with sharded weights for two processes."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    large, small = Bucket(49, 480, 720), Bucket(9, 480, 720)
+    flags = ["--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--max_train_steps", "90000"]
+    found = []
+    for number_of, buckets in enumerate([(large,), (small,), (large, small, small)]):
+        data = mixed_index(index, tmp_path / str(number_of), *buckets)
+        keep = ("--keep", "attention", "--kept_on", "device")  # so that all have the same plan
+        assert predict(published, data, tmp_path / "out", *flags, *keep, "--host_memory", "400", script=script) == 0
+        text = capsys.readouterr().out
+        of_plan, mean = number(r"([\d.]+) s a step\n", text), number(r"time \(predicted\): ([\d.]+) s a step", text)
+        hours = number(r"([\d.]+) hours for 90000 steps", text)
+        assert hours == pytest.approx(25 * mean, abs=0.2)
+        assert ("s a step on average, " in text) == (len(set(buckets)) > 1)
+        assert ("sharded over 2 processes" in text) == (processes == "2")
+        found.append((of_plan, mean))
+    assert found[2] == (found[0][0], pytest.approx((found[0][1] + 2 * found[1][1]) / 3, abs=0.011))
+
+
 def test_compilation_is_predicted_for_each_bucket_whose_samples_are_divided(
     published: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    buckets, found = [Bucket(49, 480, 720), Bucket(49, 720, 480), Bucket(25, 480, 720)], {}
-    samples = open_index(index).samples
-    mixed = [replace(sample, bucket=buckets[i % 3]) for i, sample in enumerate(samples)]
-    replace(open_index(index), samples=tuple(mixed)).save(tmp_path)
+    found, sizes = {}, (Bucket(49, 480, 720), Bucket(49, 720, 480), Bucket(25, 480, 720))
+    mixed = mixed_index(index, tmp_path / "mixed", *sizes)
     flags = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--max_train_steps", "2", "--plan", "fast"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for divided in ("1", "2"):
-        for data in (index, tmp_path):
+        for data in (index, mixed):
             given = [*flags, "--sequence_parallel", divided]
             assert predict(published, data, tmp_path / "out", *given) == 0
             text = capsys.readouterr().out
-            found[divided, data] = number(r" s a step, ([\d.]+) s for 2 steps", text), "for any length" in text
-    assert found["1", tmp_path] == (pytest.approx(found["1", index][0], abs=1), True)
-    assert found["2", tmp_path] == (pytest.approx(found["2", index][0] + 12, abs=1), False)
+            found[divided, data] = number(r"([\d.]+) s for 2 steps", text), "for any length" in text
+    assert found["1", mixed] == (pytest.approx(found["1", index][0], abs=1), True)
+    assert found["2", mixed] == (pytest.approx(found["2", index][0] + 12, abs=1), False)
 
 
 @pytest.mark.parametrize("wanted", ["", "--resume_from_checkpoint checkpoint-40"])

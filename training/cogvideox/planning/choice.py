@@ -6,6 +6,7 @@ The time includes each step's share of compiling the blocks, because a plan with
 graphs, which a short run does not gain back.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -91,6 +92,12 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
         sequence_parallel=sizes.sequence_parallel,
         exchanging=sizes.passes * sum(n * sum(exchange_seconds(k.keep, sizes, machine)) for k, n in chosen.items()),
     )
+
+
+def step_seconds(plan: ExecutionPlan, sizes: Sizes, machine: Machine) -> float:
+    """Returns the predicted seconds of a step under a plan, with other samples than those that it was chosen for."""
+    costs = Costs(Counter(plan.blocks), plan.state, plan.compiled, sizes)
+    return float(Timeline(costs, machine).seconds()[0])
 
 
 def of_all(kinds: Kinds, numbers: Sequence[Numbers]) -> Array:

@@ -52,6 +52,7 @@ from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import DTYPES, has_weights, ignore_learned_positions, on_this_machine, stored_dtype
 from cogvideox.model.tasks import Task
 from cogvideox.optimizer.step import warm_up_note
+from cogvideox.planning.choice import step_seconds
 from cogvideox.planning.execution import (
     allowed_bytes,
     base_precision,
@@ -62,6 +63,7 @@ from cogvideox.planning.execution import (
     measure_machine,
     no_plan_reason,
     ranks_here,
+    sharded_sizes,
     shards_of,
     sizes_from_options,
 )
@@ -223,19 +225,32 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
     except NoPlanError as error:
         lines += [f"does not fit: {error}", *ways_out(run, options, buckets, machine, backend)]
         return [*lines, *disk_lines(options, samples, run, transformer)[0]], False
+    lines.append(f"plan: {plan}")
+    plan = replace(plan, seconds=mean_seconds(plan, sizes, machine, run, samples))
     disks, enough = disk_lines(options, samples, run, transformer, plan)
-    return [*lines, *plan_lines(plan, machine, run), *disks], enough
+    average = " on average" * (sizes.lengths > 1)
+    return [*lines, *plan_lines(plan, machine, run, average), *disks], enough
 
 
-def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[str]:
-    """Returns the lines about a plan that fits."""
+def mean_seconds(plan: ExecutionPlan, sizes: Sizes, machine: Machine, run: PlannedRun, samples: Samples) -> float:
+    """Returns the mean seconds of a step, of which all samples are in one bucket; the plan has those of the largest."""
+    if plan.shards > 1 or plan.deepspeed:
+        sizes = sharded_sizes(sizes, plan.shards, plan.shards_on_host, plan.deepspeed)
+    total = 0.0
+    for bucket, number in Counter(samples.buckets).items():
+        tokens = -(-run.geometry.tokens(bucket) // sizes.sequence_parallel)
+        total += number * step_seconds(plan, replace(sizes, tokens=tokens), machine)
+    return total / len(samples.buckets)
+
+
+def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun, average: str) -> list[str]:
+    """Returns the lines about memory and time under a plan that fits."""
+    total = f"{duration(run.left * plan.seconds + plan.compilation)} for {plural(run.left, 'step')}"
     host = f"{plan.pinned / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB for each process"
     return [
-        f"plan: {plan}",
         f"GPU memory (predicted): {plan.peak / GIB:.2f} of {machine.device_bytes / GIB:.2f} GiB that can be filled",
         f"pinned host memory (predicted): {host}",
-        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.left * plan.seconds + plan.compilation)} for "
-        f"{plural(run.left, 'step')}, without encoding and validation videos",
+        f"time (predicted): {plan.seconds:.2f} s a step{average}, {total}, without encoding and validation videos",
     ]
 
 

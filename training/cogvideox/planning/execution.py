@@ -167,12 +167,9 @@ def choose(
     # Ranks that store activations on the host share its bandwidth. For 5b on four H100, this was no faster than
     # recomputing them, and pinning the memory took 20 s. So it is only for what does not fit otherwise.
     here = replace(on_device, kept=(plan.DEVICE,)) if plan.DEVICE in axes.kept else on_device
-    # Shards are in fp32: masters and moments of 12 bytes, and gradients of 4 bytes.
-    in_rows = replace(sizes, state_bytes=SHARDED_STATE_BYTES)
-    sharded = replace(in_rows, shards=shards, shards_on_host=fsdp_offloads())
+    sharded = sharded_sizes(sizes, shards, fsdp_offloads())
     if under_deepspeed():
-        offloads = offload_device("offload_optimizer") == "cpu"
-        sharded = replace(in_rows, shards=run.world, shards_on_host=offloads, deepspeed=True)
+        sharded = sharded_sizes(sizes, run.world, offload_device("offload_optimizer") == "cpu", deepspeed=True)
     ways = [(here, sharded), (on_device, sharded)]
     if not under_fsdp() and not under_deepspeed():
         ways = [(axes, sizes)] if shards == 1 else [(on_device, sizes), *ways, (axes, sizes)]
@@ -181,6 +178,12 @@ def choose(
             return choice.choose_plan(allowed, held, machine, compiled, backend)
     allowed, held = ways[-1]
     return choice.choose_plan(allowed, held, machine, compiled, backend)
+
+
+def sharded_sizes(sizes: Sizes, shards: int, on_host: bool, deepspeed: bool = False) -> Sizes:
+    """Returns the sizes of a run whose state is sharded. It is in fp32: masters and moments of 12 bytes."""
+    where = replace(sizes, shards=shards, shards_on_host=on_host, deepspeed=deepspeed)
+    return replace(where, state_bytes=SHARDED_STATE_BYTES)
 
 
 def shards_of(options: TrainOptions, world: int) -> int:
