@@ -215,6 +215,15 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, name: str) -
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize(("content", "is_refused"), [('{"_class_name": "A"}', True), ("[]", True), ('{"fla', False)])
+@pytest.mark.fault("flags: an output folder with foreign files")
+def test_the_folder_of_a_model_is_refused(tmp_path: Path, content: str, is_refused: bool) -> None:
+    """It has a config.json, too. That of a run may be damaged."""
+    (tmp_path / RUN_CONFIG_NAME).write_text(content)
+    assert (take(tmp_path) is not None) == is_refused
+    assert (tmp_path / RUN_CONFIG_NAME).read_text() == content
+
+
 def test_a_folder_with_tracker_files_only_is_used(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     assert take(tmp_path) is None

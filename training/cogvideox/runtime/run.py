@@ -277,13 +277,24 @@ def content_problem(train: TrainFlags) -> str | None:
     folder, ignored = Path(train.output_dir), (".*.tmp", f"{LOCK_NAME}*")
     files = folder.iterdir() if folder.is_dir() else ()
     there = sorted(path.name for path in files if not any(map(path.match, ignored)))
-    if there and RUN_CONFIG_NAME not in there and there != [train.logging_dir]:
+    if there and there != [train.logging_dir] and not has_run_config(folder):
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
         )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
     return None
+
+
+def has_run_config(folder: Path) -> bool:
+    """Returns whether a folder has the config.json of a run. The folder of a model has another file of this name."""
+    try:
+        config = json.loads((folder / RUN_CONFIG_NAME).read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True  # a damaged one, which the run writes again
+    return isinstance(config, dict) and "flags" in config
 
 
 def open_run_repository(run: Run, options: TrainOptions) -> str | None:
