@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cogvideox import files
+from cogvideox.config import geometry, lora_file
 from cogvideox.errors import DiskError
 from cogvideox.files import (
     ABANDONED_AFTER,
@@ -139,6 +143,37 @@ def test_missing_space_is_reported_with_both_sizes(tmp_path: Path, monkeypatch: 
     check_room(tmp_path, 3 * 2**29)
     with pytest.raises(DiskError, match=r": No space left on device, 2\.0 GiB needed, 1\.5 GiB free; free some space"):
         check_room(tmp_path, 2**31)
+
+
+@pytest.mark.parametrize("refused", ["there", "there/closed/x"])
+def test_what_cannot_be_read_is_to_be_made_readable(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there" / "closed").mkdir(parents=True)
+    closed = {"there": tmp_path / "there", "there/closed/x": tmp_path / "there" / "closed"}[refused]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed)
+    for path, fix in ((tmp_path / refused, "make it readable"), (tmp_path / "new", "make it writable")):
+        with pytest.raises(DiskError, match=f"^{path}: Permission denied; {fix} and run the same command again$"):
+            raise files.disk_error(path, errno.EACCES, None)
+
+
+@pytest.mark.parametrize("read", [lora_file.read_header, lambda path: list(geometry.damaged_files([Path(path)]))])
+def test_weights_that_cannot_be_opened_are_not_said_to_be_missing(
+    read: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = tmp_path / "x.safetensors"
+    save_file({"weight": torch.zeros(1)}, path)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(DiskError, match=f"^{path}: Permission denied; "), disk_errors_converted(Path("the disk")):
+        read(str(path))
+
+
+def test_a_file_that_is_too_large_does_not_need_more_space(tmp_path: Path) -> None:
+    line = f"{tmp_path}: File too large; raise the limit of the size of a file (ulimit -f), or use a file system that "
+    assert str(files.disk_error(tmp_path, errno.EFBIG, 2**40)).startswith(line)
 
 
 def test_a_pickled_error_has_the_same_line() -> None:

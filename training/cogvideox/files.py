@@ -34,7 +34,7 @@ DISK_ERRORS = {
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENODEV, errno.ENXIO),
     *(errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO),  # errors of a network or FUSE file system
 }
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # Errors of file systems that cannot fsync a folder: CIFS, 9p, some FUSE file systems.
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
 NO_FOLDER_FSYNC |= {errno.EBADF, errno.ENOTTY}
@@ -193,13 +193,31 @@ def disk_error(folder: Path, number: int, needed: int | None) -> DiskError:
         number: The error number of the system.
         needed: The bytes that were to be written, or None if not known.
     """
-    about, fix = os.strerror(number), "find out why and run the same command again"
+    about, fix = os.strerror(number), "find out why"
     if number in FULL:
-        fix = "free some space and run the same command again"
+        fix = "free some space"
         about += "".join(f", {size_text(size)} {what}" for size, what in sizes(folder, needed))
+    elif number == errno.EFBIG:
+        fix = "raise the limit of the size of a file (ulimit -f), or use a file system that stores larger files"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "make it writable and run the same command again"
-    return DiskError(f"{folder}: {about}", fix)
+        fix = f"make it {'writable' if is_readable(folder) else 'readable'}"
+    return DiskError(f"{folder}: {about}", f"{fix} and run the same command again")
+
+
+def is_readable(path: Path) -> bool:
+    """Returns whether a file or folder can be read or, if it is not found, the nearest folder that is found."""
+    found = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    return os.access(found, os.R_OK | os.X_OK if found.is_dir() else os.R_OK)
+
+
+def check_readable(path: Path) -> None:
+    """Checks that a file can be opened, before safetensors does, which reports each problem as a file that is missing.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    with open(path, "rb"):
+        pass
 
 
 def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:

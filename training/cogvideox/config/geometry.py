@@ -24,7 +24,7 @@ from cogvideox.config.options import (
     resolution,
 )
 from cogvideox.errors import UsageError, first_line
-from cogvideox.files import disk_errno, is_lfs_pointer, lfs_rule
+from cogvideox.files import check_readable, disk_errno, is_lfs_pointer, lfs_rule
 
 INDEX_NAME = "model_index.json"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # the parts of a pipeline other than the transformer
@@ -398,6 +398,7 @@ def damaged_files(weights: Sequence[Path]) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
     for path in weights:
+        check_readable(path)
         try:
             with safe_open(path, framework="numpy"):
                 pass

@@ -15,7 +15,7 @@ from typing import Any
 from cogvideox.config.flags import LoraFlags
 from cogvideox.config.options import LoraOptions, TrainOptions, target_pattern
 from cogvideox.errors import UsageError
-from cogvideox.files import disk_errno
+from cogvideox.files import check_readable, disk_errno
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 TRANSFORMER_PREFIX = "transformer."  # diffusers puts the name of the part of the pipeline before the names of PEFT
@@ -123,6 +123,7 @@ def read_header(given: str) -> LoraFile:
         raise UsageError(f"{rule}: there is no {path.name}; give a file, or a folder that a LoRA was saved to")
     from safetensors import SafetensorError, safe_open
 
+    check_readable(path)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
