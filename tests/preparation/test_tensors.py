@@ -17,6 +17,8 @@ from running import LORA_SCRIPT, PROMPT, Forked, equal, lora_flags, losses, pyth
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
+from cogvideox.checks import check_tensor_cache
+from cogvideox.config.flags import TENSOR_FOLDER
 from cogvideox.data.cache import CacheError, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.preparation.tensors import check_flags, open_tensors
@@ -243,3 +245,18 @@ def test_a_schedule_without_anything_to_validate_is_named(
 def test_our_own_folder_takes_no_tensor_cache(model: Path, tensors: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--tensor_cache: the tensors of this folder are used as they are"):
         train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--tensor_cache", tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["clips", "factory_folder"])
+def test_data_that_cannot_be_written_needs_a_tensor_cache(
+    folder: str, request: pytest.FixtureRequest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets that several users share are often in folders that only their owner can write."""
+    data: Path = request.getfixturevalue(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data)
+    flags = lora_flags(model, data, tmp_path / "lora", *(["--load_tensors"] if folder == "factory_folder" else []))
+    line = (
+        f"--tensor_cache {data / TENSOR_FOLDER}: cannot be written; give a folder in which the tensors can be written"
+    )
+    assert refused(flags) == line
+    assert not list(check_tensor_cache(options_of(tmp_path / "lora", *flags, "--tensor_cache", tmp_path / "cache")))

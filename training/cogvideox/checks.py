@@ -3,22 +3,26 @@
 ``TRAINING_CHECKS`` is the list. A check takes the options and yields all problems that it finds, one line each.
 """
 
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from cogvideox.config.conflicts import check_launcher, check_trackers
+from cogvideox.config.flags import TENSOR_FOLDER
 from cogvideox.config.geometry import check_heads, check_model, check_pipeline
 from cogvideox.config.hub import check_hub
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.optimizers import check_optimizer, check_state_place
 from cogvideox.config.options import TrainOptions, image_flags, is_url
+from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decord_reader import check_reader
 from cogvideox.errors import plural, public_urls
+from cogvideox.files import nearest_folder
 from cogvideox.preparation.factory import check_tensors
 
 
@@ -62,6 +66,16 @@ def image_problems(path: str) -> Iterator[str]:
         yield f"--validation_images {getattr(error, 'strerror', None) or error}"
 
 
+def check_tensor_cache(options: TrainOptions) -> Iterator[str]:
+    """Yields a problem if a run has to encode or convert tensors into a folder that cannot be written."""
+    root = Path(options.data.data_root[0])
+    if not root.is_dir() or (options.loader.load_tensors and not is_factory_layout(root)):
+        return
+    folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
+    if not os.access(nearest_folder(folder), os.W_OK | os.X_OK):
+        yield f"--tensor_cache {folder}: cannot be written; give a folder in which the tensors can be written"
+
+
 def check_workers(options: TrainOptions) -> Iterator[str]:
     """Yields a problem if worker processes of the loader could not send batches, for which they need a socket.
 
@@ -79,7 +93,7 @@ def check_workers(options: TrainOptions) -> Iterator[str]:
         yield f"--dataloader_num_workers {workers}: {rule}; {fix}"
 
 
-DATA_CHECKS = (check_data_roots, check_reader, check_tensors)
+DATA_CHECKS = (check_data_roots, check_reader, check_tensors, check_tensor_cache)
 TRAINING_CHECKS = (
     check_model,
     *DATA_CHECKS,
