@@ -140,6 +140,17 @@ def test_characters_that_the_output_cannot_encode_are_escaped(model: Path, tmp_p
     assert "\\u5154" in said
 
 
+def test_a_locale_without_utf8_is_named(model: Path, tmp_path: Path) -> None:
+    """Otherwise the names of files would be blamed, or flags be misread without an error."""
+    data = tmp_path / "ünïcode"
+    data.mkdir()
+    command = python(LORA_SCRIPT, *lora_flags(model, data, tmp_path, "--print_config"))
+    plain = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    rule = "Python reads flags and the names of files as ascii, and they must be UTF-8; set the variable PYTHONUTF8=1"
+    assert finish(start(command, **plain), 2) == f"{LORA_SCRIPT.name}: 1 problem\n  the locale: {rule}\n"
+    assert "nïcode" in finish(start(command, **plain | {"PYTHONUTF8": "1"}))
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

@@ -8,6 +8,7 @@ such as whether clips are read. This module needs only the standard library.
 import dataclasses
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -374,7 +375,7 @@ def samples_per_step(options: TrainOptions, world: int) -> int:
 
 
 def check_launch() -> None:
-    """Raises UsageError if variables of the environment, by which launchers number processes, make no sense."""
+    """Raises UsageError if variables of the environment number processes wrongly, or set a locale without UTF-8."""
     numbers, problems = {"RANK": 0, "WORLD_SIZE": 1}, []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         try:
@@ -384,6 +385,9 @@ def check_launch() -> None:
     if not problems and not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
         rule = f"must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {numbers['WORLD_SIZE']}"
         problems.append(f"RANK={numbers['RANK']}: {rule}; {LEFT_OVER} RANK WORLD_SIZE")
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        rule = f"Python reads flags and the names of files as {encoding}, and they must be UTF-8"
+        problems.append(f"the locale: {rule}; set the variable PYTHONUTF8=1")
     if problems:
         raise UsageError(problems)
 
