@@ -119,6 +119,17 @@ def test_without_hard_links_the_trained_weights_are_still_stored_once(
     assert (found - video(stock(full_run / PIPELINE_NAME, "CogVideoXPipeline"))).abs().max() == 0
 
 
+def test_without_any_links_the_trained_weights_are_copied(
+    full_run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = copy_transformer(full_run, tmp_path / "run")
+    monkeypatch.setattr(os, "link", without_links)
+    monkeypatch.setattr(os, "symlink", without_links)
+    folder = write_pipeline(ModelFlags(str(model)), "CogVideoXPipeline", transformer)
+    for source in transformer.iterdir():
+        assert (folder / "transformer" / source.name).read_bytes() == source.read_bytes()
+
+
 @pytest.mark.parametrize("size", ["10GB", "40KB"])
 def test_a_variant_in_shards_loads_without_being_named(full_run: Path, model: Path, tmp_path: Path, size: str) -> None:
     """The base model also has files without a variant, whose weights differ."""

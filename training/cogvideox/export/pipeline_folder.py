@@ -1,14 +1,14 @@
 """Writes the folder of --save_pipeline, a complete pipeline for from_pretrained, without loading any model.
 
 ``write_pipeline`` combines model_index.json, tokenizer, text encoder, VAE and scheduler of the base model with the
-trained transformer in OUTPUT_DIR/pipeline. The trained weights are linked. Those of the base model are linked if the
-file system allows it, and copied otherwise.
+trained transformer in OUTPUT_DIR/pipeline. Weights are linked if the file system allows it, and copied otherwise.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cogvideox import stopping
@@ -110,8 +110,9 @@ def link_or_copy(source: Path, target: Path, variant: str | None) -> None:
 
 
 def link_trained(source: Path, target: Path) -> None:
-    """Gives a file of the trained transformer a second name, as a hard or symbolic link but never as a copy."""
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        target.symlink_to(Path("..", "..", source.parent.name, source.name))
+    """Gives a file of the trained transformer a second name. It is only copied if the file system has no links."""
+    for link, place in ((os.link, source), (os.symlink, Path("..", "..", source.parent.name, source.name))):
+        with suppress(OSError):
+            link(place, target)
+            return
+    shutil.copyfile(source, target)
