@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from hub_stand_in import in_hub_cache
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -105,6 +108,29 @@ def test_weights_that_do_not_belong_to_their_config_are_refused(
         models.load_weights(of, flags(tmp_path), part, torch.float32)
     names = rule.replace("{1}", re.escape(layer)).replace("{9}", re.escape(layer.replace("1", "9")))
     assert re.fullmatch(f"{re.escape(str(tmp_path / part))}: {names}.*; get the folder again", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            HTTPError("timed out"),
+            r"--pre\S+ me/x: no such folder, and it cannot be downloaded .*\(timed out\); run .* me/x .*",
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "CACHE: No space left on device, .*"),
+        (OSError(errno.ENOSPC, "No space left on device"), "CACHE: No space left on device, .*"),
+    ],
+)
+def test_a_download_of_weights_that_fails_is_reported_in_one_line(
+    error: Exception, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UsageError) as caught:
+        models.part_folder(ModelFlags("me/x", cache_dir=str(tmp_path)), "vae")
+    assert re.fullmatch(line.replace("CACHE", str(tmp_path)), str(caught.value))
 
 
 @pytest.mark.parametrize("size", [-100, 20, 0])

@@ -17,6 +17,7 @@ import pytest
 from caption_server import CaptionServer, pictures, says, serving, texts
 from data_sets import captions as captions_of
 from hub_stand_in import in_hub_cache
+from huggingface_hub.errors import HTTPError
 from preparing import decode_inline
 
 from cogvideox import stopping
@@ -582,6 +583,17 @@ def expected_answer(vision: Path, clip: Path) -> str:
             **inputs, max_new_tokens=16, do_sample=False
         )
     return str(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_a_vision_model_whose_download_breaks_off(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor
+
+    def fail(*_: object, **__: object) -> None:
+        raise HTTPError("timed out")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    found = problems_of(local, model, folder, "--caption_model", "me/x")
+    assert found.startswith("--caption_model me/x: cannot be loaded (timed out); ")
 
 
 def test_a_folder_without_a_vision_model(model: Path, folder: Path) -> None:

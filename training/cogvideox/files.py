@@ -175,10 +175,11 @@ def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
 def disk_errno(error: BaseException) -> int | None:
     """Returns the error number of the system behind an exception, or None if it is not an error of a disk."""
     number = getattr(error, "errno", None)
+    libraries = ("SafetensorError", "RuntimeError")  # of libraries in Rust: safetensors, the downloads of the hub
+    if type(error).__name__ in libraries and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
     if isinstance(number, int):
         return number if number in DISK_ERRORS else None
-    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        return int(found[1])
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error)):
         behind = error.__context__
         return (disk_errno(behind) if behind else None) or errno.EIO

@@ -9,12 +9,14 @@ before torch is imported.
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cogvideox.config.buckets import Bucket, frame_problem, size_problem
 from cogvideox.config.flags import FullFlags, ModelFlags
+from cogvideox.config.hub import failures, reason
 from cogvideox.config.options import (
     AnyOptions,
     ImageOptions,
@@ -24,7 +26,7 @@ from cogvideox.config.options import (
     resolution,
 )
 from cogvideox.errors import UsageError, first_line
-from cogvideox.files import check_readable, disk_errno, is_lfs_pointer, lfs_rule
+from cogvideox.files import FULL, check_readable, disk_errno, disk_error, is_lfs_pointer, lfs_rule
 
 INDEX_NAME = "model_index.json"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # the parts of a pipeline other than the transformer
@@ -332,17 +334,28 @@ def hub_file(model: ModelFlags, name: str) -> Path:
         UsageError: The name is not a valid hub id, or the file cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     repo = model.pretrained_model_name_or_path
-    try:
+    with downloading(model):
         return Path(hf_hub_download(repo, name, revision=model.revision, cache_dir=model.cache_dir))
+
+
+@contextmanager
+def downloading(model: ModelFlags) -> Iterator[None]:
+    """Turns the failure of a download of a hub model into a UsageError."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
     except HFValidationError:
         raise UsageError(f"{flag_text(model)}: no such folder, and not a valid hub id") from None
-    except (OSError, ValueError) as error:  # offline, no such repository, no access
-        reason = first_line(error)
+    except failures() as error:  # offline, a broken connection, no such repository, no access
+        number = disk_errno(error)
+        if number in FULL:
+            raise disk_error(Path(model.cache_dir or constants.HF_HUB_CACHE), number, None) from None
         raise UsageError(
-            f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason}); "
+            f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason(error, None)}); "
             f"{download_fix(model)}"
         ) from None
 

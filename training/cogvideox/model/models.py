@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
-from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, damaged_files, download_fix, missing_files
+from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, damaged_files, download_fix, downloading, missing_files
 from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.files import disk_errno
 from cogvideox.model import t5_stream, vae_encoder
@@ -50,7 +50,7 @@ def part_folder(model: ModelFlags, part: str) -> Path:
         part: The part's name: transformer, vae, text_encoder, tokenizer or scheduler.
 
     Raises:
-        UsageError: The model has no such folder.
+        UsageError: The model has no such folder, or it cannot be downloaded.
     """
     folder = Path(model.pretrained_model_name_or_path)
     if not folder.is_dir():
@@ -58,9 +58,10 @@ def part_folder(model: ModelFlags, part: str) -> Path:
 
         patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
         repo = model.pretrained_model_name_or_path
-        folder = Path(
-            snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns)
-        )
+        with downloading(model):
+            folder = Path(
+                snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns)
+            )
     if not (folder / part).is_dir():
         raise UsageError(f"--pretrained_model_name_or_path {folder}: has no folder {part}")
     return folder / part

@@ -45,6 +45,7 @@ class LocalVisionModel:
         Raises:
             UsageError: The files are missing, are not those of a vision-language model, or are too large for the GPU.
         """
+        from huggingface_hub.errors import HTTPError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         name, given = self._flags.caption_model, {"cache_dir": self._cache_dir, "trust_remote_code": False}
@@ -52,7 +53,7 @@ class LocalVisionModel:
             self._processor = AutoProcessor.from_pretrained(name, **given)
             # Only safetensors, because other weight files can run code when they are loaded.
             model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True, **given)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (HTTPError, OSError, ValueError, KeyError, ImportError) as error:
             fix = "give the hub id or the folder of a vision-language model, such as Qwen/Qwen2.5-VL-3B-Instruct"
             raise UsageError(f"--caption_model {name}: cannot be loaded ({first_line(error)}); {fix}") from None
         if not getattr(self._processor, "chat_template", None):
