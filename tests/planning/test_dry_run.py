@@ -276,7 +276,7 @@ def test_tensors_may_be_on_another_disk(
         name: SimpleNamespace(name=name, stat=lambda number=number: SimpleNamespace(st_dev=number))
         for number, name in enumerate(("data", "out"))
     }
-    monkeypatch.setattr(dry_run, "existing_folder", lambda path: disks["data" if data in path.parents else "out"])
+    monkeypatch.setattr(dry_run, "nearest_folder", lambda path: disks["data" if data in path.parents else "out"])
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda disk: SimpleNamespace(free=2**40 * (disk.name != full)))
     flags = ("--gpu", "h100", "--max_train_steps", "1", *SIZE)
     assert predict(configs_of(tiny("5b"), tmp_path / "model"), data, output, *flags) == bool(full)

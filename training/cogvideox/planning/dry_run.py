@@ -46,6 +46,7 @@ from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import CacheIndex, open_index
 from cogvideox.data.sampler import Order
 from cogvideox.errors import UsageError, plural
+from cogvideox.files import nearest_folder
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
@@ -338,8 +339,8 @@ def disk_lines(
     result, encoded = trained * run.dtype.itemsize, samples.encoded_bytes
     written = {f"{plural(kept, 'checkpoint')} of {one / GIB:.2f}": kept * one, f"result {result / GIB:.2f}": result}
     tensors = {f"tensors {encoded / GIB:.2f}": encoded}
-    output = existing_folder(Path(train.output_dir))
-    cache = existing_folder(tensor_folder(options)) if encoded else output
+    output = nearest_folder(Path(train.output_dir).absolute())
+    cache = nearest_folder(tensor_folder(options).absolute()) if encoded else output
     fix = "give --checkpoints_total_limit, or free space"
     if cache.stat().st_dev == output.stat().st_dev:
         found = [disk_line(output, tensors | written, fix)]
@@ -349,11 +350,6 @@ def disk_lines(
             disk_line(output, written, fix),
         ]
     return [line for line, _ in found], all(enough for _, enough in found)
-
-
-def existing_folder(path: Path) -> Path:
-    """Returns a folder, or the nearest one above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def disk_line(folder: Path, written: dict[str, int], fix: str) -> tuple[str, bool]:
