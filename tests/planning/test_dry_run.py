@@ -30,7 +30,8 @@ from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import SCRIPTS, LoraOptions
 from cogvideox.data.cache import CachedSample, CacheIndex, hash_of, open_index
 from cogvideox.errors import UsageError
-from cogvideox.model.methods import Lora
+from cogvideox.model.methods import FullFinetune, Lora
+from cogvideox.model.models import load_transformer
 from cogvideox.planning import dry_run
 from cogvideox.planning.plan import GIB
 from cogvideox.runtime.resume import StartPoint
@@ -289,6 +290,36 @@ def test_a_folder_of_the_factory_needs_its_index(published: Path, tmp_path: Path
     (tmp_path / "data" / "video_latents").mkdir(parents=True)
     with pytest.raises(UsageError, match="has no index until a run has converted it"):
         predict(published, tmp_path / "data", tmp_path / "out", "--load_tensors", "--gpu", "h100")
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (TEXT_SFT, ""),
+        (TEXT_LORA, "--use_dora"),
+        (TEXT_LORA, "--init_lora_weights pissa"),
+        (TEXT_LORA, "--init_lora_weights gaussian"),
+    ],
+)
+def test_sizes_are_those_of_a_run_with_weights(kind: str, flags: str, script: str, tmp_path: Path) -> None:
+    """2b has positions in fp64, and PiSSA keeps its initial matrices."""
+    model = make_tiny(tmp_path / "model", kind)
+    script = script.replace("text", "image") if "i2v" in kind else script
+    rank = ("--rank", "4") if script.endswith("lora.py") else ()
+    named = ["--pretrained_model_name_or_path", str(model), "--data_root", "d", *rank, *flags.split()]
+    options = args.read_flags(SCRIPTS[script], named, None)[0]
+    geometry, method = read_geometry(options.model), Lora if rank else FullFinetune
+    run = dry_run.PlannedRun(geometry, method, torch.device("cpu"), torch.bfloat16, world=1, compiled=False)
+    transformer = method(load_transformer(options.model, run.dtype), options).transformer
+    predicted, real = (
+        dry_run.sizes_from_options(run, options, geometry, [geometry.own_bucket], one)
+        for one in (dry_run.empty_transformer(run, options), transformer)
+    )
+    assert predicted == real
 
 
 # -- host memory -------------------------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed:
     Returns:
         A0, (rank, in), and B0, (out, rank), in the type and on the device of the weight.
     """
+    if weight.is_meta:  # in a dry run
+        return weight.new_empty(rank, weight.shape[1]), weight.new_empty(weight.shape[0], rank)
     # The weights may be stored on the host. The wheel of torch for CUDA knows of an accelerator even without a GPU.
     fast = torch.accelerator.current_accelerator(check_available=True) or weight.device
     matrix = weight.detach().to(fast).float()

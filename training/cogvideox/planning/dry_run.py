@@ -380,9 +380,12 @@ def _empty_transformer(method: type[Method], dtype: torch.dtype, options: TrainO
         transformer = CogVideoXTransformer3DModel.from_config(read_config(options.model, "transformer", "config.json"))
         if ignores_positions(options):
             ignore_learned_positions(transformer)
-        torch.nn.Module.to(transformer, dtype).requires_grad_(False)
-        if isinstance(options, LoraOptions):  # initial values need weights, and do not change sizes
-            options = replace(options, lora=replace(options.lora, init_lora_weights="default", lora_path=None))
+        # Loading converts what the files have. Other buffers, such as the positions of 2b in fp64, keep their type.
+        stored = {name: tensor.to(dtype) for name, tensor in transformer.state_dict().items()}
+        transformer.load_state_dict(stored, assign=True)
+        transformer.requires_grad_(False)
+        if isinstance(options, LoraOptions):  # the values of its matrices do not matter
+            options = replace(options, lora=replace(options.lora, lora_path=None))
         return method(transformer, options).transformer
 
 
