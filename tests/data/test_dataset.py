@@ -36,7 +36,7 @@ from cogvideox.data.dataset import (
 )
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.errors import UsageError
-from cogvideox.loop import BadClips, check_same_clips
+from cogvideox.runtime.bad_clips import BadClips, check_same_clips
 
 Tiny = Callable[[str], Path]
 BUCKET = Bucket(9, 64, 96)

@@ -13,7 +13,6 @@ written to metrics.jsonl when they arrive.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,18 +24,16 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cogvideox import stopping
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.hub import upload
 from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
 from cogvideox.data.cache import hash_of
-from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
-from cogvideox.errors import UsageError, first_line, first_of, plural
+from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter
 from cogvideox.evaluation.health import report_health
 from cogvideox.evaluation.held_out import HeldOut
@@ -60,13 +57,14 @@ from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, ma
 from cogvideox.planning.plan import HOST, ExecutionPlan
 from cogvideox.planning.warm_up import has_no_bound, warm_up
 from cogvideox.preparation.tensors import Tensors, open_tensors
+from cogvideox.runtime.bad_clips import BadClips, check_same_clips
 from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.checkpoint_files import PROGRESS_NAME, read_checkpoint_json, restart_hint, safe_text
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
-from cogvideox.runtime.ranks import Ranks, lost_ranks_reported
+from cogvideox.runtime.ranks import lost_ranks_reported
 from cogvideox.runtime.report import write_report
 from cogvideox.runtime.resume import (
     DATA,
@@ -150,79 +148,6 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     if earlier := earlier_values(start, changed):
         recipe[EARLIER] = earlier
     return Steps(order, total, recipe, start)
-
-
-class BadClips:
-    """Counts the clips that could not be read during training and were replaced by other clips.
-
-    Each clip counts once, and is printed when it first fails. Too many of them end the run.
-
-    Args:
-        max_fraction: Largest fraction of the clips that may fail, from --max_bad_fraction.
-        num_clips: Number of training clips.
-    """
-
-    def __init__(self, max_fraction: float, num_clips: int) -> None:
-        self.max_fraction, self.num_clips = max_fraction, num_clips
-        self.limit = max_bad(max_fraction, num_clips)
-        self.reasons: dict[str, str] = {}
-        self.checked = 0  # the largest sum over the ranks for which the clips of all ranks were compared
-
-    def count(self, replaced: Sequence[tuple[str, str]]) -> int:
-        """Adds replaced clips of this rank, and returns how many different clips have failed on it so far.
-
-        Args:
-            replaced: Pairs (id of the clip, reason why it cannot be read).
-
-        Raises:
-            UsageError: More clips have failed than --max_bad_fraction allows; the message lists them.
-        """
-        for clip, reason in replaced:
-            if clip not in self.reasons:
-                self.reasons[clip] = reason
-                tqdm.write(f"{clip}: cannot be read, another clip replaces it; {reason}", file=sys.stderr)
-        self._check(self.reasons)
-        return len(self.reasons)
-
-    def check_all(self, ranks: Ranks, total: int) -> None:
-        """Checks how many different clips have failed on any rank. All ranks call this after each step.
-
-        Args:
-            ranks: The ranks of the run.
-            total: The sum of the ranks' own counts, which every rank knows. One clip may have failed on several ranks.
-
-        Raises:
-            UsageError: They are more than --max_bad_fraction allows. Every rank raises it.
-        """
-        if total > max(self.limit, self.checked):
-            self.checked = total
-            self._check(dict(ranks.gather(list(self.reasons.items()))))
-
-    def _check(self, reasons: dict[str, str]) -> None:
-        if len(reasons) > self.limit:
-            clips = plural(self.num_clips, "clip")
-            rule = f"--max_bad_fraction {self.max_fraction:g}: {len(reasons)} of {clips} cannot be read"
-            listed = first_of([f"{clip}: {reason}" for clip, reason in reasons.items()])
-            raise UsageError([*listed, f"{rule}; fix them, or allow it with a larger fraction"])
-
-
-def check_same_clips(ranks: Ranks, size: int, ids: tuple[str, ...]) -> None:
-    """Checks that ranks which divide the tokens of a sample have read the same clips.
-
-    Args:
-        ranks: The ranks of the run.
-        size: How many consecutive ranks divide a sample.
-        ids: The clips that this rank has read.
-
-    Raises:
-        UsageError: A rank could not read a clip that another one has read. Every rank raises it.
-    """
-    everyone = ranks.gather([ids])
-    for number, theirs in enumerate(everyone):
-        first = number // size * size
-        if theirs != everyone[first]:
-            rule = f"process {number} has read {', '.join(theirs)} in place of {', '.join(everyone[first])}"
-            raise UsageError(f"--max_bad_fraction: {rule}; check its disk, and start the run again, which resumes it")
 
 
 class Trainer:

@@ -9,6 +9,7 @@ checkpoint.py        writes checkpoints, and removes old ones
 background.py        copies a checkpoint to host memory, and writes it in a thread while training goes on
 disk_room.py         predicts the disk space of a run and the time to write a checkpoint
 best.py              keeps the checkpoint with the lowest held-out loss
+bad_clips.py         counts clips that cannot be read in training, and ends the run if there are too many
 skipped.py           reports and counts optimizer steps that changed no weight, and ends the run if there are too many
 metrics.py           reads metrics.jsonl
 curves.py            draws loss and learning rate from metrics.jsonl
