@@ -45,7 +45,7 @@ TEXT_LENGTH, WIDTH = 226, 4096
 T5_XXL = {"d_model": WIDTH, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 CAPTIONS = 64
 CLIPS = 6  # number of clips of the arm that stores them
-CLIPS_OF_RANK = 18  # number of clips for each process of the arms with several GPUs
+CLIPS_OF_RANK = 50  # number of clips for each process of the arms with several GPUs
 VAE_ARMS = {  # name: (optimized, in tiles)
     "vae, stock": (False, False),
     "vae, optimized": (True, False),

@@ -19,7 +19,7 @@ from PIL import Image
 from preparing import InlineWorkers, complete, preparation, tensor_files
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.flags import EncodeFlags, ModelFlags
+from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data import clips as clips_module
 from cogvideox.data.cache import Ledger, TensorCache, open_index
@@ -901,6 +901,20 @@ def test_a_validation_set_without_usable_clips_is_an_error(
         complete(tiny("5b"), clips, tmp_path / "out", **flags)
 
 
+@pytest.mark.parametrize(
+    ("asked", "cores", "processes", "expected"),
+    [(0, 32, 1, 4), (0, 32, 16, 2), (0, 2, 1, 2), (0, 2, 8, 1), (6, 2, 8, 6)],
+)
+def test_the_cores_of_a_machine_decode(
+    asked: int, cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process decodes a clip of 49x480x720 in 0.9 s, and a GPU encodes it in 0.5 s."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    flags = DataFlags(data_root=("clips",), dataloader_num_workers=asked)
+    assert prepare.worker_pool(flags, workers.Limits(1.0, 1)).number == expected
+
+
 @pytest.mark.fault("data: a file that kills the process that reads it")
 def test_files_of_killed_workers_are_tried_again_under_other_limits(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -948,7 +962,7 @@ def test_all_stages_share_their_worker_processes(
     monkeypatch.setattr(workers, "_spawn", lambda *given: started.append(spawn(*given)) or started[-1])
     assert running.prepare(tiny("5b"), clips, tmp_path, *["--dry_run"] * dry_run) == 0
     assert (tmp_path / "report.html").is_file()
-    assert len(started) == 1
+    assert len(started) == workers.usual_number()
     assert started[0].returncode is not None
 
 

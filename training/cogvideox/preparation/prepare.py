@@ -31,13 +31,14 @@ from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import Geometry
+from cogvideox.config.options import local_processes
 from cogvideox.config.prepared_flags import kept_values
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, NewRecords, TensorCache, hash_of
 from cogvideox.data.claims import Claims
 from cogvideox.data.clips import decode_measured, image_refusal, image_request, measure_clip, plan_clip, plan_image
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.frames import Section
-from cogvideox.data.media.workers import Killed, Limits, Workers
+from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
 from cogvideox.data.recipe import clip_recipe
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError
@@ -497,6 +498,14 @@ def recorded(known: dict[str, ClipRecord], request: str, path: str) -> ClipRecor
     return known.get(request, ClipRecord(request, path, UNREADABLE, CHANGED))
 
 
+def num_decoders(data: DataFlags) -> int:
+    """Returns how many worker processes decode: at least one, because this process never does.
+
+    One alone may take longer to decode a clip than a GPU takes to encode it.
+    """
+    return data.dataloader_num_workers or usual_number(local_processes())
+
+
 def worker_pool(data: DataFlags, limits: Limits) -> Workers:
-    """Returns worker processes for media files: at least one, because this process never decodes."""
-    return Workers(max(1, data.dataloader_num_workers), limits)
+    """Returns worker processes for media files."""
+    return Workers(num_decoders(data), limits)

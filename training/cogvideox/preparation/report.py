@@ -29,7 +29,7 @@ from cogvideox.preparation.captions import caption_notes, indented, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
 from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
-from cogvideox.preparation.prepare import Preparation
+from cogvideox.preparation.prepare import Preparation, num_decoders
 from cogvideox.preparation.proposals import USUAL
 from cogvideox.preparation.unusable import UnusableClips, allowing, skipped_notes, too_many_bad
 
@@ -390,7 +390,7 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, clips: Sequenc
             start = time.perf_counter()
             encode.video_moments(vae, frames).cpu()  # ends on the CPU, so the device is done
             seconds = time.perf_counter() - start
-    return max(seconds, decode_seconds / max(1, preparation.data.dataloader_num_workers)) / frames[..., 0].size
+    return max(seconds, decode_seconds / num_decoders(preparation.data)) / frames[..., 0].size
 
 
 def duration(seconds: float) -> str:

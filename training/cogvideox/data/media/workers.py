@@ -83,9 +83,13 @@ class Killed:
     transient: bool = False
 
 
-def usual_number() -> int:
-    """Returns how many workers a script starts that has no flag for it: one for each core, and at most 4."""
-    return min(USUAL_WORKERS, len(os.sched_getaffinity(0)))
+def usual_number(processes: int = 1) -> int:
+    """Returns how many workers a script starts if no flag says so: one for each core, and at most 4.
+
+    Args:
+        processes: How many processes of the script share the cores.
+    """
+    return max(1, min(USUAL_WORKERS, len(os.sched_getaffinity(0)) // processes))
 
 
 class Workers:
