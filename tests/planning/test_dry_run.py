@@ -175,6 +175,14 @@ def test_every_card_has_plausible_rates(name: str) -> None:
     assert 1e10 < card.copies <= card.exchange < 3e11
 
 
+@pytest.mark.parametrize(("name", "total"), [("rtx4090", 23.64), ("rtx5090", 31.37), ("l40s", 44.42)])
+def test_a_plan_does_not_fill_more_than_cuda_has(name: str, total: float) -> None:
+    """The totals, in GiB, are those of torch's messages that memory does not suffice."""
+    options = args.read_flags(LoraOptions, ["--pretrained_model_name_or_path", "m", "--data_root", "d"], None)[0]
+    machine, _ = dry_run.machine_of_card(options, name)
+    assert machine.device_bytes / GIB < 0.95 * total
+
+
 def test_cards_without_nvlink_exchange_divided_tokens_slowly(
     published: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ CARDS = {
     "rtx4090": specified(24, 165, 1008, PCIE_4),
     "rtx5090": specified(32, 209.5, 1792, PCIE_5, "cudnn"),
     "a6000": specified(48, 155, 768, PCIE_4),
-    "l40s": specified(48, 362, 864, PCIE_4),
+    "l40s": specified(45, 362, 864, PCIE_4),  # of 48, because error correction takes a part
     "a100-40": specified(40, 312, 1555, PCIE_4, exchange=NVLINK_3),
     "a100": specified(80, 312, 2039, PCIE_4, exchange=NVLINK_3),
     "h100": Card(79.6, 725e12, HOPPER, 2.8e12, 51.6e9, NVLINK_4),
