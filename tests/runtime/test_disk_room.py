@@ -8,13 +8,25 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from fakes import run_alone
-from running import finish, fork_ranks, python
+from running import WEIGHTS, finish, fork_ranks, lora_flags, python, train
+from safetensors.torch import load_file
 
+from cogvideox.config import args
 from cogvideox.config.flags import TrainFlags
+from cogvideox.config.options import LoraOptions
 from cogvideox.errors import DiskError
+from cogvideox.optimizer.engine import STATE_NAME
 from cogvideox.runtime import disk_room
-from cogvideox.runtime.disk_room import DiskNeeds, check_disk, new_at_once, seconds_to_write
+from cogvideox.runtime.disk_room import (
+    DiskNeeds,
+    check_disk,
+    checkpoint_bytes,
+    new_at_once,
+    result_bytes,
+    seconds_to_write,
+)
 
 GIB = 2**30
 
@@ -106,6 +118,21 @@ def test_checkpoints_of_weights_only_are_named_if_no_limit_fits(monkeypatch: pyt
     assert named not in refusal(monkeypatch, 5.9, may_shrink=True)
     assert named not in refusal(monkeypatch, 7.9, may_shrink=True, keep_best=True)
     assert "give --checkpoints_total_limit 1, or" in refusal(monkeypatch, 22, may_shrink=True)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_sizes_of_a_lora_are_those_of_its_files(init: str, model: Path, tensors: Path, tmp_path: Path) -> None:
+    """PiSSA saves its initial matrices, too."""
+    flags = lora_flags(model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 1, "--init_lora_weights", init)
+    assert train(flags) == 0
+    options = args.parse(LoraOptions, None, flags, ())
+    files = [*tmp_path.glob("checkpoint-1/*.safetensors"), tmp_path / WEIGHTS]
+    *of_checkpoint, result = (sum(t.nbytes for t in load_file(path).values()) for path in files)
+    masters = load_file(tmp_path / "checkpoint-1" / STATE_NAME)
+    number = sum(tensor.numel() for name, tensor in masters.items() if name.startswith("master/"))
+    assert result == result_bytes(options, number, torch.float32)
+    predicted = checkpoint_bytes(options, number, torch.float32, torch.device("cpu"), refers=False)
+    assert sum(of_checkpoint) == pytest.approx(predicted, rel=0.01)
 
 
 def test_the_rate_of_the_disk_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained, left_to_encode
 from cogvideox.preparation.tensors import check_index, check_suitable
 from cogvideox.runtime.checkpoint_files import checkpoints
-from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
+from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once, result_bytes
 from cogvideox.runtime.ranks import alone
 from cogvideox.runtime.resume import (
     StartPoint,
@@ -336,7 +336,7 @@ def disk_lines(
     refers = not (isinstance(options, LoraOptions) or options.loss.use_ema or sharded or under_deepspeed())
     trained = sum(parameter.numel() for parameter in trainable(transformer).values())
     one = checkpoint_bytes(options, trained, run.dtype, torch.device("cpu"), refers)
-    result, encoded = trained * run.dtype.itemsize, samples.encoded_bytes
+    result, encoded = result_bytes(options, trained, run.dtype), samples.encoded_bytes
     written = {f"{plural(kept, 'checkpoint')} of {one / GIB:.2f}": kept * one, f"result {result / GIB:.2f}": result}
     tensors = {f"tensors {encoded / GIB:.2f}": encoded}
     output = nearest_folder(Path(train.output_dir).absolute())

@@ -45,6 +45,7 @@ from cogvideox.runtime.disk_room import (
     checkpoint_bytes,
     copy_bytes,
     new_at_once,
+    result_bytes,
     seconds_to_write,
 )
 from cogvideox.runtime.resume import state_after_loss
@@ -293,7 +294,7 @@ class Saver:
         if run.is_main:
             try:
                 may_shrink = isinstance(options, SftOptions) and not (self.weights_only or options.loss.use_ema)
-                needs = DiskNeeds(self.num_bytes, weights * run.dtype.itemsize, new, may_shrink)
+                needs = DiskNeeds(self.num_bytes, result_bytes(options, weights, run.dtype), new, may_shrink)
                 check_disk(run.output_dir, needs, options.train, there)
             except DiskError as error:
                 shortage = error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cogvideox.config.flags import TrainFlags
-from cogvideox.config.options import SftOptions, TrainOptions
+from cogvideox.config.options import LoraOptions, SftOptions, TrainOptions
 from cogvideox.errors import DiskError, plural
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
@@ -56,6 +56,15 @@ def saves_weights_only(options: TrainOptions) -> bool:
     return isinstance(options, SftOptions) and options.full.checkpoint_weights_only
 
 
+def result_bytes(options: TrainOptions, weights: int, dtype: torch.dtype) -> int:
+    """Returns the expected bytes of the weights that users load. PiSSA saves its initial matrices, too.
+
+    The arguments are those of ``checkpoint_bytes``.
+    """
+    pissa = isinstance(options, LoraOptions) and options.lora.init_lora_weights.startswith("pissa")
+    return weights * dtype.itemsize * (2 if pissa else 1)
+
+
 def checkpoint_bytes(
     options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device, refers: bool
 ) -> int:
@@ -68,11 +77,12 @@ def checkpoint_bytes(
         device: The device of training.
         refers: Whether the engine saves the lower bits of masters, as far as weights are their upper bits.
     """
+    saved = result_bytes(options, weights, dtype)
     if saves_weights_only(options):
-        return weights * dtype.itemsize
+        return saved
     master = 2 if refers and dtype == torch.bfloat16 and adam_of(options.optimizer) else 4
     state = master + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
-    return math.ceil(weights * (dtype.itemsize + state))
+    return math.ceil(saved + weights * state)
 
 
 def copy_bytes(options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device) -> int:
