@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,12 @@ def test_paths_and_tokens_are_not_shown(tmp_path: Path, monkeypatch: pytest.Monk
     assert shown == "MODEL/vae: and FOLDER/x, <hidden>, <hidden>, .../lib.so, https://h.org/a".replace(
         "<hidden>", doctor.HIDDEN
     )
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    assert doctor.Redaction(options_of())("~/x") == "~/x"
 
 
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
-from running import LORA_SCRIPT, equal, finish, lora_flags, losses, python, start, train, weights
+from running import LORA_SCRIPT, environment, equal, finish, lora_flags, losses, python, start, train, weights
 
 from cogvideox.errors import UsageError
 from cogvideox.loop import explain_machine_errors
@@ -138,6 +140,25 @@ def test_characters_that_the_output_cannot_encode_are_escaped(model: Path, tmp_p
     flags = ("--validation_prompt", "\u5154", "--print_config")
     said = finish(start(python(LORA_SCRIPT, *lora_flags(model, tmp_path, tmp_path, *flags)), PYTHONIOENCODING="ascii"))
     assert "\\u5154" in said
+
+
+HOMELESS = """
+import pwd, runpy, sys
+pwd.getpwuid = lambda _: {}[0]
+sys.path.insert(0, sys.argv[1])
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_user_without_a_home_folder(tmp_path: Path) -> None:
+    """In a container, a user may be a number that the system does not know, without a variable HOME."""
+    flags = ["--pretrained_model_name_or_path", tmp_path / "missing", "--data_root", tmp_path, "--output_dir", tmp_path]
+    environ = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-c", HOMELESS, LORA_SCRIPT.parent, LORA_SCRIPT, *flags]
+    ended = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_locale_without_utf8_is_named(model: Path, tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ SETTLED = 2.0  # seconds; after so long the next change of a file gets another t
 def cache_folder() -> Path | None:
     """Returns the suite's folder below $XDG_CACHE_HOME or ~/.cache, which only this user can read and write.
 
-    Returns None if there is no such folder: it cannot be created, or it belongs to another user. Compiled kernels are
-    executed when they are loaded, so a folder that others can write to must not be used.
+    Returns None if there is no such folder: the user has no home, it cannot be created, or it belongs to another user.
+    Compiled kernels are executed when they are loaded, so a folder that others can write to must not be used.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):  # the specification of the variable says that a relative path is ignored
         root = os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # no HOME is set, and the system does not know this user
+        return None
     folder = Path(root) / "cogvideox"
     try:
         folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)

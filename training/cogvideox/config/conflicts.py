@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from cogvideox.config.deepspeed import launch_problems
 from cogvideox.config.flags import (
@@ -484,6 +483,7 @@ def check_trackers(options: TrainOptions) -> Iterator[str]:
     for name in wanted:
         if importlib.util.find_spec(name) is None:
             yield f"--report_to {name}: {name} is not installed; pip install {name}, or leave the flag out"
-    login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
+    logins = map(os.path.expanduser, ("~/.netrc", "~/_netrc"))  # Path.home raises an error for a user without a home
+    login = os.environ.get("WANDB_API_KEY") or any(map(os.path.exists, logins))
     if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
         yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"

@@ -60,7 +60,7 @@ class Redaction:
             options.model.pretrained_model_name_or_path: "MODEL",
             options.model.cache_dir: "CACHE_DIR",
             options.doctor.output_dir: "FOLDER",
-            str(Path.home()): "~",
+            os.path.expanduser("~"): "~",
             token_of(HubFlags()): HIDDEN,
         }
         resolved = {str(Path(text).resolve()): name for text, name in named.items() if text and Path(text).is_dir()}
