@@ -320,6 +320,23 @@ def test_which_checkpoints_are_replaced(step: int, there: list[int], limit: int 
     assert replaced_by(step, found, limit) == [Path(f"checkpoint-{number}") for number in gone]
 
 
+@pytest.mark.fault("checkpoints: a damaged checkpoint whose step is not saved again")
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_checkpoints_of_repeated_steps_do_not_count_for_the_limit(tmp_path: Path, is_damaged: bool) -> None:
+    """If one were kept in place of the checkpoint that was used, a kill could leave none that is intact."""
+    save_steps(run_alone(tmp_path), 2, 4, 6)
+    if is_damaged:
+        lose(tmp_path / "checkpoint-6")
+    before = listing(tmp_path / "checkpoint-6")
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=2, first=4)
+    saver.trim(7)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    saver.save(8)
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-4"]
+    kept = tmp_path / "damaged-checkpoint-6"
+    assert (listing(kept) == before) if is_damaged else not kept.exists()
+
+
 def test_the_last_checkpoint_before_skipped_steps_is_kept_until_they_end(tmp_path: Path) -> None:
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
     for step, good_until in ((2, None), (4, None), (6, 5), (8, 5)):

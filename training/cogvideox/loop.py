@@ -469,6 +469,7 @@ class Trainer:
             train.checkpoints_total_limit,
             train.save_every_minutes,
             good_until=self.skipped.good_until,
+            first=self.steps.first,
             weights_only=saves_weights_only(self.options),
             # A LoRA is saved so fast that a copy would gain nothing, and DeepSpeed's engine writes without a copy.
             in_background=self.options.method == "sft" and self.run.world == 1 and not self.engine.shares_files,

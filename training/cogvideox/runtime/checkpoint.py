@@ -75,6 +75,7 @@ class Saver:
         bytes_left_out: How many bytes may be left out of a copy.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
+        first: The step after which this process continues; infinite if that is not known.
         weights_only: Whether checkpoints have only the weights, without the engine's state.
         in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
             room. Only for a single process, because an error of the thread ends only its own process, and for an
@@ -83,6 +84,7 @@ class Saver:
         reserve: The memory of copies, after the first step; empty if there was no room.
         writing: The checkpoint that a thread writes.
         afterwards: What waits for its end.
+        saved: The steps of the checkpoints that this process has saved.
     """
 
     run: Run
@@ -98,12 +100,14 @@ class Saver:
     bytes_left_out: float = math.inf
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
+    first: float = math.inf
     weights_only: bool = False
     in_background: bool = False
     spare: float = field(default=math.inf, init=False)
     reserve: Reserve | None = field(default=None, init=False)
     writing: Writing | None = field(default=None, init=False)
     afterwards: list[Callable[[], None]] = field(default_factory=list, init=False)
+    saved: set[int] = field(default_factory=set, init=False)
 
     def due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this optimizer step."""
@@ -203,6 +207,7 @@ class Saver:
             progress = {"step": step, "recipe": self.recipe}
             (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
             seal(folder, self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}", hashes)
+            self.saved.add(step)
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
     # -- in the background --
@@ -349,10 +354,14 @@ class Saver:
         self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
 
     def _remove_replaced(self, step: int, found: list[Path]) -> None:
-        before = None if self.good_until is None else newest_until(found, self.good_until)
+        # The checkpoint of a step that this process repeats is damaged, or the user chose an earlier one. It does not
+        # count for the limit, and goes once this process has saved another.
+        repeated = [path for path in found if step_of(path) > self.first and step_of(path) not in self.saved]
+        others = [path for path in found if path not in repeated]
+        before = None if self.good_until is None else newest_until(others, self.good_until)
         kept = {self.kept, None if before is None else step_of(before)}
-        for old in replaced_by(step, found, self.limit, kept):
-            if step_of(old) > step and damage_of(old):
+        for old in replaced_by(step, others, self.limit, kept) + (repeated if self.saved else []):
+            if (old in repeated or step_of(old) > step) and damage_of(old):
                 keep_damaged(old)
             else:
                 remove(old)
