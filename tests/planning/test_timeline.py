@@ -305,6 +305,8 @@ def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
     copies = seconds_of(resident, sizes=several)  # each process has all weights
     assert copies > one + 0.1
     assert seconds_of(resident, sizes=replace(several, ranks=4)) == copies  # of one machine or of several
+    slow = replace(H100, exchange=H100.exchange / 10)  # as without NVLink
+    assert seconds_of(resident, slow, several) - one == pytest.approx(10 * (copies - one))
     assert one < fsdp < seconds_of(resident, sizes=zero)
     assert seconds_of(resident, sizes=replace(zero, shards_on_host=True)) > seconds_of(resident, sizes=zero) + 0.5
 

@@ -422,6 +422,7 @@ def machine_for(run: PlannedRun, options: TrainOptions, sizes: Sizes) -> tuple[M
             raise UsageError(f"--attention_backend {wanted}: {error}") from None
         machine = measure_machine(run.device, run.dtype, backend, sizes, budget)
         described = f"{torch.cuda.get_device_name(run.device)}; rates and free memory were measured here"
+        described += ", but NVLink between the GPUs is assumed" * (run.world > 1)
     if options.forecast.host_memory is not None:
         machine = replace(machine, host_bytes=int(options.forecast.host_memory * GIB) // ranks_here())
     return machine, backend, described

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from cogvideox.config.cards import NVLINK_4
 from cogvideox.errors import plural
 
 GIB = 2**30
@@ -95,7 +96,7 @@ class Machine:
     memory: float = 2e10  # bytes per second, of the device
     copies: float = 1e10  # bytes per second between host and device, one way
     both_ways: float = 1.5e10  # bytes per second in both directions together, if both are busy
-    exchange: float = 1e11  # bytes per second of tensors that are exchanged between processes that divide a sample
+    exchange: float = NVLINK_4  # bytes per second of tensors that two GPUs exchange; NVLink if it was not measured
 
 
 @dataclass(frozen=True)

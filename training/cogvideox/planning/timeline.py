@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from cogvideox.config.cards import NVLINK_4
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Numbers
@@ -56,6 +57,7 @@ LORA_SLOWNESS = 2.0
 # By engine, whether DeepSpeed's: seconds per trained element in which several processes sum gradients, and gather and
 # convert weights if these are sharded. By difference of the seconds in benchmarks/results/scale_*_sft_*.json, measured
 # on hosts with NVLink, from predictions for one process: 0.16 s for 5.6e9 elements under FSDP2, 0.28 s under ZeRO-2.
+# Slower links are assumed to take longer in proportion to their rates.
 EXCHANGE_SECONDS = {False: 3e-11, True: 5e-11}
 # Seconds per element of an update of 8-bit state, which is bound by its arithmetic: 0.131 ms for 8.36 million weights
 # on an H200 (benchmarks/LOG.md).
@@ -323,7 +325,8 @@ class Timeline:
         if passes > 2:
             total = total + (passes - 2) * self.one_pass(2)
         if sizes.processes > 1 or sizes.deepspeed:
-            total = total + sizes.all_trained * EXCHANGE_SECONDS[sizes.deepspeed]
+            slowness = max(1.0, NVLINK_4 / self.machine.exchange)
+            total = total + sizes.all_trained * EXCHANGE_SECONDS[sizes.deepspeed] * slowness
         return total + sizes.rows_on_host * HOST_STEP_SECONDS
 
     def one_pass(self, number: int) -> Array:
