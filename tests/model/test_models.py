@@ -119,6 +119,14 @@ def test_weights_that_do_not_belong_to_their_config_are_refused(
         ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "CACHE: No space left on device, .*"),
         (OSError(errno.ENOSPC, "No space left on device"), "CACHE: No space left on device, .*"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            "CACHE: Permission denied; make it writable and run.*",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            r"--pre\S+ me/x: no such folder, and it cannot .*",
+        ),
     ],
 )
 def test_a_download_of_weights_that_fails_is_reported_in_one_line(

@@ -352,7 +352,7 @@ def downloading(model: ModelFlags) -> Iterator[None]:
         raise UsageError(f"{flag_text(model)}: no such folder, and not a valid hub id") from None
     except failures() as error:  # offline, a broken connection, no such repository, no access
         number = disk_errno(error)
-        if number in FULL:
+        if number in FULL or (number is not None and getattr(error, "filename", None)):  # sockets have no file name
             raise disk_error(Path(model.cache_dir or constants.HF_HUB_CACHE), number, None) from None
         raise UsageError(
             f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason(error, None)}); "
