@@ -618,6 +618,20 @@ def test_nobody_listens(folder: Path, caption: Callable[..., int]) -> None:
     assert found.startswith(f"--endpoint {url}: Connection refused; start a server, for example with: vllm serve")
 
 
+def test_a_proxy_is_not_used_for_this_machine_and_otherwise_named(
+    folder: Path, caption: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{held.getsockname()[1]}")
+        assert caption(folder) == 0
+        (folder / "a.txt").unlink()
+        found = problems_of(caption, folder, endpoint="http://node-7:8000/v1")
+    assert found.startswith("--endpoint http://node-7:8000/v1: Connection refused; start a server, ")
+    assert found.endswith("; the environment sets a proxy, which no_proxy=node-7 avoids")
+
+
 def test_a_server_that_does_not_answer(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
     server.answer = lambda number, body: (time.sleep(1.5), says("Late."))[1]
     found = problems_of(caption, folder, "--request_timeout", 1, "--request_attempts", 1, "--max_captions", 1)

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which the same request may succeed
 REFUSED_FOR_ALL = {401, 403, 404, 405}  # HTTP statuses that every other request would have, too
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts; each pause is twice the one before
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}  # names of this machine
 MOST_BYTES = 16 * 2**20  # of an answer
 # What reasoning models put before their answer. Some chat templates begin it, so that the answer has only its end.
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
@@ -154,8 +156,10 @@ class VisionServer:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}/{path}", data, headers)
+        # A proxy in the environment cannot connect to a server on this machine.
+        proxies = [urllib.request.ProxyHandler({})] if self._host in LOOPBACK else []
         try:
-            with urllib.request.urlopen(request, timeout=self.flags.request_timeout) as answer:
+            with urllib.request.build_opener(*proxies).open(request, timeout=self.flags.request_timeout) as answer:
                 return answer.status, _parsed(answer.read(MOST_BYTES))
         except urllib.error.HTTPError as error:
             with error:
@@ -168,6 +172,10 @@ class VisionServer:
         return (self.flags.endpoint or "").rstrip("/")
 
     @property
+    def _host(self) -> str:
+        return urllib.parse.urlsplit(self._url).hostname or ""
+
+    @property
     def _flag(self) -> str:
         return f"--endpoint {self._url}"
 
@@ -177,6 +185,8 @@ class VisionServer:
         fix = "start a server, for example with: vllm serve Qwen/Qwen2.5-VL-7B-Instruct"
         if isinstance(cause, TimeoutError):
             fix = "raise --request_timeout or lower --concurrency"
+        elif self._host not in LOOPBACK and urllib.parse.urlsplit(self._url).scheme in urllib.request.getproxies():
+            fix += f"; the environment sets a proxy, which no_proxy={self._host} avoids"
         return one_line(f"{self._flag}: {text}; {fix}")
 
 
