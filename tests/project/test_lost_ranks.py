@@ -89,6 +89,22 @@ def test_which_errors_mean_that_another_process_has_ended(
     assert str(caught.value) == (f"process 3 {problem}; hint" if problem else error)
 
 
+@pytest.mark.fault("disk: the file for the exit status cannot be written")
+@pytest.mark.parametrize(
+    ("path", "reason"), [("missing/status", "No such file or directory"), ("/dev/full", "No space left on device")]
+)
+def test_a_status_that_cannot_be_written_is_still_that_of_the_process(
+    path: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setenv("COGVIDEOX_EXIT_FILE", str(tmp_path / path))
+    monkeypatch.setattr(stopping, "end_process", ended.append)
+    monkeypatch.setattr(stopping._state, "status", None)  # restored at the end
+    stopping.leave(0)
+    assert ended == [0]
+    assert capsys.readouterr().err == f"COGVIDEOX_EXIT_FILE {tmp_path / path}: cannot be written ({reason})\n"
+
+
 def test_the_status_of_the_process_that_knows_the_cause_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ from types import FrameType
 from typing import NoReturn, Protocol
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+EXIT_FILE = "COGVIDEOX_EXIT_FILE"  # the variable with the path of a file to which the exit status is written
 REQUEUE_EXIT, HANG_EXIT = 75, 1  # 75 is EX_TEMPFAIL of sysexits.h
 SECOND_SIGNAL = 1.0  # seconds; an earlier signal repeats the first: schedulers signal a launcher and its children
 UNWINDING = 0.5  # seconds for the main thread to end by itself when nothing is to be saved
@@ -244,8 +245,12 @@ def leave(status: int | None, is_cause: bool = True) -> NoReturn:
         is_cause: Whether this rank knows why the run ends. One that only lost the others keeps what they have written.
     """
     status = _state.status = status or 0
-    with suppress(FileExistsError):
+    try:
         _write_exit_file(status, "w" if is_cause else "x")
+    except FileExistsError:
+        pass
+    except OSError as error:  # such as a full disk, which may be the reason for the status
+        print(f"{EXIT_FILE} {os.environ[EXIT_FILE]}: cannot be written ({error.strerror})", file=sys.stderr)
     if _state.watcher is not None:
         _state.watcher.close()
     end_process(status)
@@ -312,7 +317,7 @@ def _record_of(text: str) -> Path:
 
 def _write_exit_file(status: int, mode: str = "w") -> None:
     """Writes the exit status to its file. Every rank does so, because the launcher may kill the last ones."""
-    if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
+    if path := os.environ.get(EXIT_FILE):
         with open(path, mode) as file:
             file.write(str(status))
 
