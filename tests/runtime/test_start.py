@@ -229,6 +229,28 @@ def test_a_dry_run_compares_settings_and_data_with_the_checkpoint(
     assert train(lora_flags(model, fewer, again, *more, "--allow_changed", "data")) == 0
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_dry_run_compares_clips_that_are_not_prepared_with_the_checkpoint(
+    model: Path, clips: Path, tensors: Path, again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(clips, tmp_path / "clips"))
+    cache = shutil.copytree(tensors, tmp_path / "cache")
+    more = ("--id_token", "TOKEN", *VALIDATED[1:], "--tensor_cache", cache, "--max_train_steps", 8)
+    more += ("--dry_run", "--gpu", "h100")
+    flags = lora_flags(model, data, again, *more)
+    assert train(flags) == 0
+    assert "not checked" not in capsys.readouterr().out
+    lines = (data / "prompts.txt").read_text().splitlines()
+    (data / "prompts.txt").write_text("\n".join(["another caption", *lines[1:]]))
+    assert "was trained on other data: 1 clip changed" in refused(flags)
+    shutil.copytree(model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vae")
+    shutil.copytree(model / "vae", tmp_path / "model" / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert train(lora_flags(tmp_path / "model", data, again, *more)) == 0
+    line = f"not checked: whether checkpoint-6 was made with these clips; {tmp_path / 'model'} has no vae here"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_allowed_other_data_are_used(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
     fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
     flags = lora_flags(model, fewer, again, "--load_tensors", "--max_train_steps", 7, "--allow_changed", "data")

@@ -285,15 +285,18 @@ def read_samples(options: TrainOptions, geometry: Geometry, start: StartPoint) -
     records = preparation.plan()
     with failures_explained(preparation, tqdm.write):
         preparation.check(records)
-    listed = len(records) - preparation.num_validation
-    cuts = [(s.id, cut) for s, r in zip(preparation.samples[:listed], records, strict=False) for cut in r.cuts]
-    if absent_encoders(here):  # so nothing has been encoded
+    if absent := absent_encoders(here):  # so nothing has been encoded
         dtype = options.encode.dtype or STORED
         encoders = Encoders("", "", dtype, dtype, options.encode.encode_tiling, geometry.max_text_seq_length)
     else:
         encoders = preparation.encoders
+    index, unchecked = preparation.index_of(records, encoders), ()
+    if not absent:
+        check_same_samples(start, index, options)
+    elif start.folder is not None:
+        unchecked = (unchecked_line(f"{start.folder.name} was made with these clips", options, absent),)
     encoded_bytes = left_to_encode(preparation, records, encoders)[-1]
-    return Samples([f"{name}@{cut.bucket}" for name, cut in cuts], [cut.bucket for _, cut in cuts], encoded_bytes)
+    return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], encoded_bytes, unchecked)
 
 
 def absent_encoders(model: ModelFlags) -> list[str]:

@@ -244,7 +244,7 @@ class Preparation:
             # Another process may have found that a clip does not decode, or may have ended before its work was done.
             records = self._records()
             self.check(records)
-            index = self._index(records, encoders)
+            index = self.index_of(records, encoders)
             missing = [key for key in index.keys if not self.cache.has(key)]
             if not missing:
                 return index, list(records)
@@ -452,7 +452,7 @@ class Preparation:
             status = FAILED
         self._write(replace(r, status=status, reason=reason, limits=limits, cuts=()) for r in clip.records)
 
-    def _index(self, records: Sequence[ClipRecord], encoders: Encoders) -> CacheIndex:
+    def index_of(self, records: Sequence[ClipRecord], encoders: Encoders) -> CacheIndex:
         """Returns the index of the usable samples, with the flags that they were prepared with."""
         listed = len(self.samples) - self.num_validation
         pairs = list(zip(self.samples, records, strict=True))
