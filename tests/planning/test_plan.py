@@ -189,6 +189,16 @@ def test_a_mixture_begins_and_ends_with_what_is_on_the_device(count: int) -> Non
         assert mixture(kinds)[-1] == saved
 
 
+@pytest.mark.parametrize("count", [1, 10, 21, 41])
+def test_a_mixture_ends_with_what_saves_most(count: int) -> None:
+    """Backward has deleted that when it comes to blocks that compute more, which need 8 units more."""
+    more, less = BlockPlan(keep="linear"), BlockPlan(keep="attention")
+    saved = count * SFT.kept_bytes("linear") + (42 - count) * SFT.kept_bytes("attention")
+    for kinds in ({more: count, less: 42 - count}, {less: 42 - count, more: count}):
+        assert mixture(kinds)[-1] == more
+        assert costs(kinds, DEVICE).activation_bytes == saved + costs(kinds).work_bytes(more)
+
+
 def test_keeping_more_costs_memory_and_saves_time() -> None:
     kinds = [{BlockPlan(keep=level): 42} for level in LEVELS[:3]]
     peaks = [costs(kind, DEVICE, LORA).peak_bytes for kind in kinds]

@@ -27,7 +27,7 @@ import numpy as np
 from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
 from cogvideox.memory.streaming import IN_FLIGHT, STAGES, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
-from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Sizes
+from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
 
 WEIGHTS, SAVED, GRADIENTS, STATE, AVERAGE = "weights", "saved", "gradients", "state", "average"
 # By compiled and level: the units that a block's backward pass needs in addition to its saved activations.
@@ -69,16 +69,18 @@ def order(kinds: Kinds, blocks: int) -> Array:
     """Returns how a mixture of at most two kinds is ordered, as positions in ``kinds``, (blocks, mixtures).
 
     The kinds are spread evenly, so that copies have time to overlap. The first block is the one with less on the host,
-    so that forward begins before a copy has ended; if only the place of saved activations differs, the last block has
-    them on the device, so that backward does. Blocks on the device whose state is on the host are the last ones, so
-    that their state passes while the others compute.
+    so that forward begins before a copy has ended. If only the saved activations differ, the last block has more of
+    them on the device: backward begins before a copy has ended, and has deleted them when it comes to blocks that
+    compute more. Blocks on the device whose state is on the host are the last ones, so that their state passes while
+    the others compute.
     """
     counts = np.stack([np.atleast_1d(n) for n in kinds.values()])  # (kinds, mixtures)
     first, second = (counts > 0).argmax(axis=0), len(counts) - 1 - (counts[::-1] > 0).argmax(axis=0)
     count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
     away = np.array([[kind.weights, kind.state].count(HOST) for kind in kinds])
     begins = away[first] != away[second]
-    is_first = np.where(begins, away[first] < away[second], np.array([kind.kept == DEVICE for kind in kinds])[first])
+    saved = np.array([(kind.kept == DEVICE) * (1 + LEVELS.index(kind.keep)) for kind in kinds])
+    is_first = np.where(begins, away[first] < away[second], saved[first] > saved[second])
     n = np.where(is_first, count, blocks - count)  # of the kind that the model begins or ends with
     spread = np.where(begins, i * n % blocks < n, (i + 1) * n // blocks > i * n // blocks) == is_first
     late = np.array([is_late(kind) for kind in kinds])
