@@ -415,6 +415,7 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Pa
     process.send_signal(TERM)
     text, _ = process.communicate(timeout=60)  # This returns when the trainer has closed its output.
     assert LINE in text
+    assert "A traceback of the launcher follows" not in text  # it has ended without one
     eventually(lambda: not alive_in_session(process.pid), 10)
     steps = len(losses(output))
     assert (output / f"checkpoint-{steps}").is_dir()
@@ -423,18 +424,24 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Pa
 
 @pytest.mark.slow
 @pytest.mark.fault("ranks: the launcher of both is killed while they train")
-def test_a_launcher_that_is_killed_leaves_no_orphan(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """It has the store through which its processes agree on a last step, so they end without a further checkpoint."""
+@pytest.mark.parametrize("number", [TERM, signal.SIGKILL])
+def test_a_launcher_of_two_leaves_no_orphan(number: int, model: Path, tensors: Path, tmp_path: Path) -> None:
+    """It has the store through which both agree on a last step. If it is killed, they end without a checkpoint."""
     output = tmp_path / "lora"
     launcher = "-m accelerate.commands.launch --config_file accelerate_configs/uncompiled_2.yaml --main_process_port"
     flags = lora_flags(model, tensors, output, "--load_tensors", "--checkpoints_total_limit", 2)
     command = [sys.executable, *launcher.split(), free_port(), LORA_SCRIPT, *flags, "--max_train_steps", 5000]
     process = start(command, ACCELERATE_USE_CPU="true")
     eventually(lambda: (output / "checkpoint-2").is_dir(), 120)
-    process.kill()
+    process.send_signal(number)
     text, _ = process.communicate(timeout=60)  # This returns when the trainers have closed their output.
-    assert text.count("because one of them, or the launcher, has ended") == 2
-    assert "Traceback" not in text
+    if number == TERM:
+        before, _, _ = text.partition("Traceback")
+        assert "(A traceback of the launcher follows. It only says that this script ended with 75.)" in before
+        assert before.count(LINE) == 1
+    else:
+        assert text.count("because one of them, or the launcher, has ended") == 2
+        assert "raceback" not in text
     eventually(lambda: not alive_in_session(process.pid), 10)
     steps = max(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*"))
     assert train([*flags, "--gradient_accumulation_steps", "4", "--max_train_steps", str(steps + 1)]) == 0

@@ -457,9 +457,8 @@ def run_script(
 
 
 def announce_traceback(status: int) -> None:
-    """Says what the traceback means that a launcher is going to print because this script failed."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-    if launched:
+    """Says what the traceback means that a launcher is going to print because this script did not end with 0."""
+    if stopping.is_launcher(os.getppid()):
         line = f"A traceback of the launcher follows. It only says that this script ended with {status}."
         stopping.print_once(f"({line})")
 
@@ -498,4 +497,5 @@ def stopped_status() -> int:
     """Prints the last line of a script that was asked to stop, and returns its exit status."""
     if stopping.speaks():
         print(stopping.last_line(), file=sys.stderr)
+        announce_traceback(stopping.REQUEUE_EXIT)
     return stopping.REQUEUE_EXIT
