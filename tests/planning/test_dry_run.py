@@ -393,6 +393,28 @@ def test_the_cheapest_change_makes_it_fit(
     )
 
 
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        ("--host_memory 32 --use_cpu_offload_optimizer", "--use_cpu_offload_optimizer"),
+        (
+            "--host_memory 32 --use_cpu_offload_optimizer --offload_gradients",
+            "--use_cpu_offload_optimizer --offload_gradients",
+        ),
+        ("--host_memory 8 --vram_budget 79 --compile_blocks no", "--compile_blocks"),
+    ],
+)
+def test_every_flag_that_forces_a_plan_may_be_left_out(
+    flags: str, change: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--load_tensors", "--gpu", "h200", "--train_batch_size", "1", "--optimizer", "adamw"]
+    assert predict(published, index, tmp_path / "out", *given, *flags.split(), script=TEXT_SFT) == 1
+    assert f"cheapest change: leave out {change}: " in capsys.readouterr().out
+    left = [flag for flag in flags.replace(" no", "").split() if flag not in change.split()]
+    assert predict(published, index, tmp_path / "out", *given, *left, script=TEXT_SFT) == 0
+
+
 TIGHT = "--gpu rtx4090 --vram_budget 3 --host_memory 24 --train_batch_size 1 --rank 16 --base_precision int8"
 IMAGE_LORA = "cogvideox_image_to_video_lora.py"
 

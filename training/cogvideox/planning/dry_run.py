@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import BOTH_WAYS, CARDS
 from cogvideox.config.conflicts import check_launcher
-from cogvideox.config.flags import TENSOR_FOLDER, TENSOR_INDEX, ModelFlags
+from cogvideox.config.flags import PLACES_OF_STATE, TENSOR_FOLDER, TENSOR_INDEX, ModelFlags
 from cogvideox.config.geometry import Geometry, read_config, read_geometry
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.options import (
@@ -508,13 +508,14 @@ def accepted(found: Iterator[Change]) -> Iterator[Change]:
 def without_plan_flags(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
     """Yields the options without flags that force a plan; any plan computes the same gradients."""
     forced = [name for name in PLAN_FLAGS if getattr(options.plan, name) != "auto"]
-    if forced:
+    forced += ["compile_blocks"] * (options.plan.compile_blocks == "no")  # uncompiled blocks need more memory
+    offloads = [name for name in PLACES_OF_STATE if getattr(options.optimizer, name)]
+    if forced or offloads:
         automatic: dict[str, Any] = dict.fromkeys(forced, "auto")
-        yield (
-            f"leave out {' '.join(f'--{name}' for name in forced)}",
-            replace(options, plan=replace(options.plan, **automatic)),
-            buckets,
-        )
+        here: dict[str, Any] = dict.fromkeys(offloads, False)
+        plan, optimizer = replace(options.plan, **automatic), replace(options.optimizer, **here)
+        names = " ".join(f"--{name}" for name in [*forced, *offloads])
+        yield f"leave out {names}", replace(options, plan=plan, optimizer=optimizer), buckets
 
 
 def smaller_batches(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
