@@ -902,17 +902,27 @@ def test_a_validation_set_without_usable_clips_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("asked", "cores", "processes", "expected"),
-    [(0, 32, 1, 4), (0, 32, 16, 2), (0, 2, 1, 2), (0, 2, 8, 1), (6, 2, 8, 6)],
+    ("asked", "cores", "gib", "processes", "expected"),
+    [
+        (0, 32, 64, 1, 4),
+        (0, 8, 64, 4, 2),
+        (0, 2, 64, 1, 2),
+        (0, 2, 64, 8, 1),
+        (0, 32, 14, 1, 3),
+        (0, 32, 24, 2, 3),
+        (0, 32, 2, 1, 1),
+        (6, 2, 2, 8, 6),
+    ],
 )
-def test_the_cores_of_a_machine_decode(
-    asked: int, cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_as_many_clips_are_decoded_at_a_time_as_the_machine_allows(
+    asked: int, cores: int, gib: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process decodes a clip of 49x480x720 in 0.9 s, and a GPU encodes it in 0.5 s."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(workers, "free_host_bytes", lambda: gib * 2**30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     flags = DataFlags(data_root=("clips",), dataloader_num_workers=asked)
-    assert prepare.worker_pool(flags, workers.Limits(1.0, 1)).number == expected
+    assert prepare.worker_pool(flags, workers.Limits(1.0, 4 * 2**30)).number == expected
 
 
 @pytest.mark.fault("data: a file that kills the process that reads it")
@@ -962,7 +972,7 @@ def test_all_stages_share_their_worker_processes(
     monkeypatch.setattr(workers, "_spawn", lambda *given: started.append(spawn(*given)) or started[-1])
     assert running.prepare(tiny("5b"), clips, tmp_path, *["--dry_run"] * dry_run) == 0
     assert (tmp_path / "report.html").is_file()
-    assert len(started) == workers.usual_number()
+    assert len(started) == workers.usual_number(workers.Limits(1.0, 4 * 2**30))
     assert started[0].returncode is not None
 
 

@@ -279,7 +279,7 @@ class DataFlags(FolderFlags):
     seed: int = flag(42, "seed of all random numbers", least=0)
     dataloader_num_workers: int = flag(
         0,
-        "worker processes that load tensors; as many decode clips, or with 0 one for each core, but at most 4",
+        "worker processes that load tensors; as many decode clips, or with 0 up to four",
         aliases=("num_workers",),
         least=0,
     )

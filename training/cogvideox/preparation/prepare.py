@@ -498,14 +498,14 @@ def recorded(known: dict[str, ClipRecord], request: str, path: str) -> ClipRecor
     return known.get(request, ClipRecord(request, path, UNREADABLE, CHANGED))
 
 
-def num_decoders(data: DataFlags) -> int:
+def num_decoders(data: DataFlags, limits: Limits) -> int:
     """Returns how many worker processes decode: at least one, because this process never does.
 
     One alone may take longer to decode a clip than a GPU takes to encode it.
     """
-    return data.dataloader_num_workers or usual_number(local_processes())
+    return data.dataloader_num_workers or usual_number(limits, local_processes())
 
 
 def worker_pool(data: DataFlags, limits: Limits) -> Workers:
     """Returns worker processes for media files."""
-    return Workers(num_decoders(data), limits)
+    return Workers(num_decoders(data, limits), limits)

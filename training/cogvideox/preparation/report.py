@@ -390,7 +390,7 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, clips: Sequenc
             start = time.perf_counter()
             encode.video_moments(vae, frames).cpu()  # ends on the CPU, so the device is done
             seconds = time.perf_counter() - start
-    return max(seconds, decode_seconds / num_decoders(preparation.data)) / frames[..., 0].size
+    return max(seconds, decode_seconds / num_decoders(preparation.data, preparation.limits)) / frames[..., 0].size
 
 
 def duration(seconds: float) -> str:

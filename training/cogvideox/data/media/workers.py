@@ -42,6 +42,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.stopping import STOP_SIGNALS
 
 ATTEMPTS = 2
@@ -83,13 +84,15 @@ class Killed:
     transient: bool = False
 
 
-def usual_number(processes: int = 1) -> int:
-    """Returns how many workers a script starts if no flag says so: one for each core, and at most 4.
+def usual_number(limits: Limits, processes: int = 1) -> int:
+    """Returns how many workers a script starts if no flag says so: as many as cores and free memory allow, at most 4.
 
     Args:
-        processes: How many processes of the script share the cores.
+        limits: What each worker may use.
+        processes: How many processes of the script share the machine.
     """
-    return max(1, min(USUAL_WORKERS, len(os.sched_getaffinity(0)) // processes))
+    allowed = len(os.sched_getaffinity(0)), free_host_bytes() // limits.memory
+    return max(1, min(USUAL_WORKERS, *(number // processes for number in allowed)))
 
 
 class Workers:

@@ -77,7 +77,7 @@ def _panels(cuts: Sequence[Cut], limits: Limits) -> Iterator[tuple[str, Panel]]:
     """Yields the path and the frames of each cut that lies within its file and can be decoded."""
     files = {path: [time for file, time in cuts if file == path] for path, _ in cuts}
     waiting: deque[Cut] = deque()  # the cuts that are being decoded
-    with Workers(usual_number(), limits) as workers, stopping.stoppable():
+    with Workers(usual_number(limits), limits) as workers, stopping.stoppable():
 
         def jobs() -> Iterator[tuple[object, ...]]:
             infos = workers.run((info_of, path) for path in files)

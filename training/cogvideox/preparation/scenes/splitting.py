@@ -97,7 +97,7 @@ def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterat
         limits: Time and memory that decoding one part of a file may use.
     """
     parts: deque[_Part] = deque()
-    with Workers(usual_number(), limits) as workers:
+    with Workers(usual_number(limits), limits) as workers:
         for frames in workers.run(_jobs(paths, flags, workers, parts)):
             part = parts.popleft()
             search = part.search
