@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from running import LORA_SCRIPT, environment, equal, finish, lora_flags, losses, python, start, train, weights
 
+from cogvideox import loop
 from cogvideox.errors import UsageError
 from cogvideox.loop import explain_machine_errors
+from cogvideox.runtime.curves import CURVES_NAME
 
 SHORT = ("--load_tensors", "--max_train_steps", 2, "--dataloader_num_workers", 2)
 ODD = "a folder, with 'quotes', ünïcode & $HOME \U0001f407"
@@ -140,6 +142,35 @@ def test_characters_that_the_output_cannot_encode_are_escaped(model: Path, tmp_p
     flags = ("--validation_prompt", "\u5154", "--print_config")
     said = finish(start(python(LORA_SCRIPT, *lora_flags(model, tmp_path, tmp_path, *flags)), PYTHONIOENCODING="ascii"))
     assert "\\u5154" in said
+
+
+@pytest.mark.slow
+@pytest.mark.fault("export: matplotlib with a backend of a notebook")
+def test_the_settings_of_a_notebook(model: Path, tensors: Path, tmp_path: Path) -> None:
+    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": "/proc/none"}
+    said = finish(start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *SHORT)), **variables))
+    assert (tmp_path / "lora" / CURVES_NAME).exists()
+    assert "atplotlib" not in said
+
+
+@pytest.mark.fault("export: curves that cannot be drawn")
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
+    model: Path,
+    tensors: Path,
+    usual: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to process string with tex because latex could not be found")
+
+    monkeypatch.setattr(loop, "draw_curves", fail)
+    flags = lora_flags(model, tensors, tmp_path / "lora", *SHORT, "--dataloader_num_workers", 0)
+    assert train(flags) == 0
+    assert equal(weights(tmp_path / "lora"), weights(usual))
+    line = f"{tmp_path}/lora/curves.png: matplotlib cannot draw it (Failed to process string with tex because latex "
+    assert line in capsys.readouterr().err
 
 
 HOMELESS = """

@@ -33,7 +33,7 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
-from cogvideox.errors import UsageError, first_line, plural
+from cogvideox.errors import DiskError, UsageError, first_line, plural
 from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter
 from cogvideox.evaluation.health import report_health
 from cogvideox.evaluation.held_out import HeldOut
@@ -437,7 +437,12 @@ class Trainer:
         with self.run.ranks.together():
             if self.run.is_main:
                 if step:  # before the first step there is nothing to draw, and importing matplotlib takes a second
-                    draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
+                    try:
+                        draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
+                    except DiskError:
+                        raise
+                    except Exception as error:  # a picture is not worth the run
+                        self.run.say(f"{folder / CURVES_NAME}: matplotlib cannot draw it ({first_line(error)})")
                 self.before_after.draw(step)
                 report_health(self.run, step, videos, self.before_after.health_of_clips())
                 log_media(self.run, step, videos, [folder / SHEET_NAME, folder / CURVES_NAME])

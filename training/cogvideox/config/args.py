@@ -56,8 +56,15 @@ ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as ha
 IDLE_HEADING = "accepted from other commands, without effect in this script"
 NO_EFFECT = "no effect"  # origin of the value of a flag that the script does not use
 LOST_RANK_EXIT, USAGE_EXIT, NON_FINITE_EXIT = 1, 2, 3
-# Loggers of packages that, when merely installed, warn about extras that the suite does not use.
-NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+# Loggers of packages that, when merely installed, warn about extras that the suite does not use, and of one that warns
+# of a home folder that cannot be written.
+NOISY = (
+    "bitsandbytes",
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "matplotlib",
+)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -434,6 +441,8 @@ def run_script(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Without it, sums that MKL computes on a CPU depend on the memory addresses of the tensors.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    # A notebook sets a backend for its pictures, which matplotlib refuses in another environment of Python.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:

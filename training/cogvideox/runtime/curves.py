@@ -47,10 +47,8 @@ def draw_curves(metrics: Path, picture: Path, name: str, weighting: str = "none"
         weighting: The loss weighting by timestep, for the legend. The held-out loss is never weighted.
     """
     records = read_records(metrics)
-    # The figure is made even without records, so that a missing matplotlib is noticed at the start of a run.
-    figure = curves_figure(records, name, weighting)
     if records:
-        write_atomically(picture, png(figure))
+        write_atomically(picture, png(curves_figure(records, name, weighting)))
 
 
 def png(figure: "Figure") -> bytes:
