@@ -190,6 +190,13 @@ def test_a_mixture_begins_and_ends_with_what_is_on_the_device(count: int) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 10, 21, 41])
+def test_the_order_of_a_mixture_does_not_depend_on_the_order_of_its_kinds(count: int) -> None:
+    every = mixtures(PRESETS["auto"], SFT)
+    for one, other in itertools.combinations(every, 2):
+        assert mixture({one: count, other: 42 - count}) == mixture({other: 42 - count, one: count})
+
+
+@pytest.mark.parametrize("count", [1, 10, 21, 41])
 def test_a_mixture_ends_with_what_saves_most(count: int) -> None:
     """Backward has deleted that when it comes to blocks that compute more, which need 8 units more."""
     more, less = BlockPlan(keep="linear"), BlockPlan(keep="attention")

@@ -79,7 +79,7 @@ def order(kinds: Kinds, blocks: int) -> Array:
     count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
     away = np.array([[kind.weights, kind.state].count(HOST) for kind in kinds])
     begins = away[first] != away[second]
-    saved = np.array([(kind.kept == DEVICE) * (1 + LEVELS.index(kind.keep)) for kind in kinds])
+    saved = np.array([(kind.kept == DEVICE) * len(LEVELS) + LEVELS.index(kind.keep) for kind in kinds])
     is_first = np.where(begins, away[first] < away[second], saved[first] > saved[second])
     n = np.where(is_first, count, blocks - count)  # of the kind that the model begins or ends with
     spread = np.where(begins, i * n % blocks < n, (i + 1) * n // blocks > i * n // blocks) == is_first
