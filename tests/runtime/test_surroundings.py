@@ -225,6 +225,22 @@ def test_variables_of_another_launcher_are_named(
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
+@pytest.mark.fault("ranks: accelerate launch starts fewer processes than its flags say")
+@pytest.mark.parametrize("name", ["cpu", "compiled_1"])
+def test_a_launcher_that_starts_one_process_of_two_is_refused(
+    name: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    launcher = f"-m accelerate.commands.launch --config_file accelerate_configs/{name}.yaml"
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--print_config")
+    launch = [sys.executable, *launcher.split()]
+    output = finish(start([*launch, "--num_processes", 2, LORA_SCRIPT, *flags]), 1)
+    assert "accelerate launch: it was asked for several processes and started one" in output
+    assert "uncompiled_2.yaml" in output
+    # An address that the environment had before asks for nothing.
+    finish(start([*launch, LORA_SCRIPT, *flags], MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"))
+
+
 def test_a_folder_for_temporary_files_that_workers_cannot_use_is_named(
     model: Path, tensors: Path, tmp_path: Path
 ) -> None:

@@ -375,7 +375,7 @@ def samples_per_step(options: TrainOptions, world: int) -> int:
 
 
 def check_launch() -> None:
-    """Raises UsageError if variables of the environment number processes wrongly, or set a locale without UTF-8."""
+    """Raises UsageError if the launcher has numbered processes wrongly or left some out, or the locale lacks UTF-8."""
     numbers, problems = {"RANK": 0, "WORLD_SIZE": 1}, []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         try:
@@ -385,11 +385,30 @@ def check_launch() -> None:
     if not problems and not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
         rule = f"must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {numbers['WORLD_SIZE']}"
         problems.append(f"RANK={numbers['RANK']}: {rule}; {LEFT_OVER} RANK WORLD_SIZE")
+    if lacks_processes():
+        rule = "it was asked for several processes and started one, because its configuration is for one"
+        fix = "give --config_file accelerate_configs/uncompiled_2.yaml, and to use CPUs set ACCELERATE_USE_CPU=true"
+        problems.append(f"accelerate launch: {rule} (distributed_type: NO); {fix}")
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         rule = f"Python reads flags and the names of files as {encoding}, and they must be UTF-8"
         problems.append(f"the locale: {rule}; set the variable PYTHONUTF8=1")
     if problems:
         raise UsageError(problems)
+
+
+def lacks_processes() -> bool:
+    """Returns whether `accelerate launch` was asked for several processes and started only this one, which it does
+    silently if the distributed_type of its configuration is NO.
+
+    It then adds the address of process 0 to the environment and no rank. The address may also have been there before.
+    """
+    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() or "RANK" in os.environ:
+        return False
+    try:
+        of_launcher = Path("/proc", str(os.getppid()), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(variable.startswith(b"MASTER_ADDR=") for variable in of_launcher)
 
 
 def launched_processes() -> int:
