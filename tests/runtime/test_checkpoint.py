@@ -34,7 +34,15 @@ from cogvideox.data.cache import hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError
 from cogvideox.runtime import checkpoint, checkpoint_files
 from cogvideox.runtime.checkpoint import replaced_by
-from cogvideox.runtime.checkpoint_files import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of
+from cogvideox.runtime.checkpoint_files import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    checkpoints,
+    damage_of,
+    restart_hint,
+    resume_hint,
+    safe_text,
+)
 from cogvideox.runtime.resume import find_start
 
 
@@ -108,6 +116,28 @@ def test_damage_is_found_and_the_one_before_is_resumed(
     assert "checkpoint-2 after step 2" in shown
 
 
+@pytest.mark.parametrize("damage", [flip, lose_manifest])
+@pytest.mark.fault("checkpoints: a run ends before it has replaced a damaged checkpoint")
+def test_messages_name_the_newest_checkpoint_without_known_damage(
+    tmp_path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    damage(tmp_path / "checkpoint-4")
+    resumed(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "file_hash", None)  # the files are not read again
+        assert safe_text(tmp_path) == "checkpoint-2, the newest intact checkpoint, is safe"
+        assert "continues from checkpoint-2 (" in restart_hint(tmp_path)
+        assert "--resume_from_checkpoint checkpoint-2," in resume_hint(tmp_path, 5)
+    save_steps(run_alone(tmp_path), 4)
+    assert safe_text(tmp_path) == "checkpoint-4, the newest checkpoint, is safe"
+    for name in names(tmp_path):
+        damage(tmp_path / name)
+    resumed_nothing = find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path))
+    assert resumed_nothing.folder is None
+    assert safe_text(tmp_path) == "there is no intact checkpoint yet"
+
+
 def test_a_requested_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     lose(tmp_path / "checkpoint-4")
@@ -130,7 +160,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path: Path, monkey
     there, run = tmp_path / "first" / "checkpoint-2", run_alone(tmp_path / "own")
     seen_by_first = {f"in {tmp_path / 'missing'} the manifest": checkpoint_files.file_hash(there / MANIFEST_NAME)}
     monkeypatch.setattr(run.ranks, "is_main_process", False)
-    monkeypatch.setattr(run.ranks, "from_main", lambda _: (tmp_path / "missing", None))
+    monkeypatch.setattr(run.ranks, "from_main", lambda _: (tmp_path / "missing", None, set()))
     monkeypatch.setattr(run.ranks, "gather", lambda values: [seen_by_first, *values])
     with pytest.raises(UsageError, match=r"process 1 has in .*missing the manifest None, .*that all machines share"):
         find_start(run, {"seed": 1}, options_of(tmp_path / "own"))

@@ -18,11 +18,12 @@ from typing import Any
 from cogvideox import stopping
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DISK_LOSES, DiskError, first_line
-from cogvideox.files import fsync, write_atomically
+from cogvideox.files import fsync, stamp_of, write_atomically
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
 DAMAGED = "damaged-"  # prefix of the new names of checkpoints that could not be used
+_known_damage: dict[Path, list[int]] = {}  # damaged checkpoints that were found, with the stamps of their manifests
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -71,10 +72,19 @@ def manifest_of(folder: Path, hashes: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def damage_of(folder: Path) -> str | None:
-    """Returns why a checkpoint cannot be used, or None if it is complete.
+    """Returns why a checkpoint cannot be used, or None if it is complete. ``intact_checkpoints`` knows the damage then.
 
     No content of its files makes this raise an exception.
     """
+    problem = _damage_of(folder)
+    if problem is None:
+        _known_damage.pop(folder.absolute(), None)
+    else:
+        remember_damage(folder)
+    return problem
+
+
+def _damage_of(folder: Path) -> str | None:
     try:
         for name, entry in listed_files(read_checkpoint_json(folder / MANIFEST_NAME)).items():
             check_file(folder, name, entry)
@@ -86,6 +96,17 @@ def damage_of(folder: Path) -> str | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"cannot be read ({first_line(error)})"
     return None
+
+
+def remember_damage(folder: Path) -> None:
+    """Notes that a checkpoint is damaged, until another one is saved in its place."""
+    _known_damage[folder.absolute()] = stamp_of(folder / MANIFEST_NAME)
+
+
+def intact_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run in which no damage was found, newest first. Reads none of their files."""
+    found = checkpoints(output_dir)
+    return [path for path in found if _known_damage.get(path.absolute()) != stamp_of(path / MANIFEST_NAME)]
 
 
 def read_checkpoint_json(path: Path) -> Any:
@@ -189,13 +210,16 @@ def move_aside(folder: Path) -> Path:
 
 def safe_text(output_dir: Path) -> str:
     """Returns which checkpoint is safe, for the message of a run that ends because of the disk."""
-    newest = next(iter(checkpoints(output_dir)), None)
-    return "there is no checkpoint yet" if newest is None else f"{newest.name}, the newest checkpoint, is safe"
+    newest = next(iter(intact_checkpoints(output_dir)), None)
+    if newest is None:
+        return f"there is no {'intact ' if checkpoints(output_dir) else ''}checkpoint yet"
+    which = "the newest checkpoint" if newest == checkpoints(output_dir)[0] else "the newest intact checkpoint"
+    return f"{newest.name}, {which}, is safe"
 
 
 def restart_hint(output_dir: Path) -> str:
     """Returns how a run continues that lost a process, for a message."""
-    newest = next(iter(checkpoints(output_dir)), None)
+    newest = next(iter(intact_checkpoints(output_dir)), None)
     if newest is None:
         return "no checkpoint was saved; the same command starts again"
     return f"the same command continues from {newest.name} (--resume_from_checkpoint latest)"
@@ -203,7 +227,7 @@ def restart_hint(output_dir: Path) -> str:
 
 def resume_hint(output_dir: Path, step: int) -> str:
     """Returns, for a message, how to resume from the last checkpoint up to ``step``, the last step before NaN."""
-    good = newest_until(checkpoints(output_dir), step)
+    good = newest_until(intact_checkpoints(output_dir), step)
     if good is None:
         return "no checkpoint was saved before; start again with a lower --learning_rate"
     lower = "a lower --learning_rate and --allow_changed learning_rate"

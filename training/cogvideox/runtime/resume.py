@@ -41,8 +41,10 @@ from cogvideox.runtime.checkpoint_files import (
     checkpoints,
     damage_of,
     file_hash,
+    intact_checkpoints,
     keep_damaged,
     read_checkpoint_json,
+    remember_damage,
 )
 from cogvideox.runtime.run import METRICS_NAME, Run
 
@@ -164,7 +166,10 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
             folder = find_checkpoint(run, options.train.resume_from_checkpoint)
         except UsageError as error:
             problem = error
-    folder, problem = run.from_main((folder, problem))
+    damaged = set(checkpoints(run.output_dir)) - set(intact_checkpoints(run.output_dir))
+    folder, problem, damaged = run.from_main((folder, problem, damaged))
+    for path in damaged:
+        remember_damage(path)
     if problem is not None:
         raise problem
     if folder is None:
