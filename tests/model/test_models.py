@@ -9,14 +9,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from hub_stand_in import in_hub_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -116,6 +117,10 @@ def test_weights_that_do_not_belong_to_their_config_are_refused(
         (
             HTTPError("timed out"),
             r"--pre\S+ me/x: no such folder, and it cannot be downloaded .*\(timed out\); run .* me/x .*",
+        ),
+        (
+            HfHubHTTPError("no", response=cast(Any, SimpleNamespace(status_code=401, headers={}, request=None))),
+            r"--pre\S+ me/x: no such folder, and it .*\(.*\); check the name, the login .* HF_TOKEN.*",
         ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "CACHE: No space left on device, .*"),
         (OSError(errno.ENOSPC, "No space left on device"), "CACHE: No space left on device, .*"),

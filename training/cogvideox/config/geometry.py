@@ -16,7 +16,7 @@ from typing import Any
 
 from cogvideox.config.buckets import Bucket, frame_problem, size_problem
 from cogvideox.config.flags import FullFlags, ModelFlags
-from cogvideox.config.hub import failures, reason
+from cogvideox.config.hub import REFUSALS, failures, http_status, reason
 from cogvideox.config.options import (
     AnyOptions,
     ImageOptions,
@@ -354,10 +354,10 @@ def downloading(model: ModelFlags) -> Iterator[None]:
         number = disk_errno(error)
         if number in FULL or (number is not None and getattr(error, "filename", None)):  # sockets have no file name
             raise disk_error(Path(model.cache_dir or constants.HF_HUB_CACHE), number, None) from None
-        raise UsageError(
-            f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason(error, None)}); "
-            f"{download_fix(model)}"
-        ) from None
+        login = "check the name, the login (`hf auth login` or HF_TOKEN), and the terms on the page of the model"
+        fix = login if http_status(error) in REFUSALS else download_fix(model)
+        problem = f"no such folder, and it cannot be downloaded from the hub ({reason(error, None)})"
+        raise UsageError(f"{flag_text(model)}: {problem}; {fix}") from None
 
 
 def download_fix(model: ModelFlags) -> str:
