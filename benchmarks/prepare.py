@@ -10,7 +10,8 @@ when it is finished. An arm that fails is recorded with its error, and an arm th
 results are a JSON file only if no arm failed or was skipped; until then they are in a file that ends in .incomplete.
 
 With --only ranks, prepare_dataset.py itself encodes clips from files, with as many processes as --gpus says, one after
-the other. It takes more than three minutes for 1 and 2.
+the other. It takes more than three minutes for 1 and 2. "waited_for_clips" is the share of the time in which a process
+waited for a decoded clip, so that its GPU had at most one clip to encode.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.media.pixels.decode import write_video
+from cogvideox.data.media.workers import Workers
 from cogvideox.model import encode, models, t5_stream, vae_encoder
 from cogvideox.preparation.encoding import one_behind
 
@@ -334,12 +336,13 @@ class RanksArms:
             process.start()
         for process in processes:
             process.join()
-        times = [json.loads(path.read_text()) for path, *_ in arguments]
+        times, waits = zip(*(json.loads(path.read_text()) for path, *_ in arguments), strict=True)
         if sum(map(len, times)) != number * CLIPS_OF_RANK:
             raise RuntimeError(f"{sum(map(len, times))} of {number * CLIPS_OF_RANK} clips were encoded")
-        self.rates[number] = rate = rate_together(times)
+        self.rates[number] = rate = rate_together([*times])
         row = {"gpus": number, "clips": [len(own) for own in times], "clips_a_second": round(rate, 4)}
-        row |= {"all_s": round(time.perf_counter() - begun, 1)}
+        waited = [share_inside(pauses, own) for pauses, own in zip(waits, times, strict=True)]
+        row |= {"waited_for_clips": waited, "all_s": round(time.perf_counter() - begun, 1)}
         first = min(self.rates)
         return row | ({"times_as_fast": round(rate / self.rates[first], 4), "as": first} if number != first else {})
 
@@ -362,7 +365,10 @@ class RanksArms:
 
 
 def record_clips(path: Path, rank: int, number: int, flags: list[str]) -> None:
-    """Runs prepare_dataset.py as one of a number of processes, and writes when it stored each clip, in seconds."""
+    """Runs prepare_dataset.py as one of a number of processes, and writes what it did when, in seconds.
+
+    It writes when each clip was stored, and each time in which the process waited for a clip that workers decode.
+    """
     import prepare_dataset
 
     from cogvideox import caches
@@ -372,7 +378,8 @@ def record_clips(path: Path, rank: int, number: int, flags: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
     caches.use_caches()
     times: list[float] = []
-    write = TensorCache.write
+    waits: list[tuple[float, float]] = []
+    write, run = TensorCache.write, Workers.run
 
     def recorded(cache: TensorCache, key: str, tensors: dict[str, Tensor]) -> int:
         size = write(cache, key, tensors)
@@ -380,9 +387,25 @@ def record_clips(path: Path, rank: int, number: int, flags: list[str]) -> None:
             times.append(time.time())
         return size
 
-    TensorCache.write = recorded  # type: ignore[method-assign,assignment]
+    def waiting(workers: Workers, jobs: Iterable[tuple[object, ...]]) -> Iterator[Any]:
+        results, end = run(workers, jobs), object()
+        while True:
+            begun = time.time()
+            result = next(results, end)
+            waits.append((begun, time.time()))
+            if result is end:
+                return
+            yield result
+
+    TensorCache.write, Workers.run = recorded, waiting  # type: ignore[method-assign,assignment]
     prepare_dataset.main(args.parse(PrepareOptions, None, flags, prepare_dataset.CHECKS))
-    path.write_text(json.dumps(times))
+    path.write_text(json.dumps([times, waits]))
+
+
+def share_inside(pauses: list[list[float]], times: list[float]) -> float:
+    """Returns the share of the time from the first to the last of some times that lies in pauses, given as pairs."""
+    first, last = min(times), max(times)
+    return round(sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in pauses) / (last - first), 3)
 
 
 def rate_together(times: list[list[float]]) -> float:

@@ -112,7 +112,9 @@ def test_all_clips_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(prepare, "CLIPS_OF_RANK", 3)
     arms = prepare.RanksArms(tmp_path, prepare.VAE | TINY_VAE, (9, 64, 96))
-    assert arms.arm(1)["clips"] == [3]
+    row = arms.arm(1)
+    assert row["clips"] == [3]
+    assert 0 <= row["waited_for_clips"][0] <= 1
     monkeypatch.setattr(prepare.RanksArms, "_make_clips", damaged)
     monkeypatch.setattr(prepare.RanksArms, "_flags", lambda *given: [*flags(*given), "--max_bad_fraction", "0.5"])
     (tmp_path / "1").rename(tmp_path / "before")

@@ -80,3 +80,7 @@ def test_the_rate_of_several_processes_counts_only_the_time_in_which_all_encode(
     assert prepare.rate_together([[1.0, 2.0, 4.0]]) == pytest.approx(2 / 3)
     assert prepare.rate_together([first, second[:3]]) == pytest.approx(2)
     assert prepare.rate_together([first, first]) == pytest.approx(2 * 5 / 7)
+
+
+def test_only_pauses_between_the_first_and_the_last_clip_count() -> None:
+    assert prepare.share_inside([[0, 1], [1.5, 2.5], [5, 6], [9, 20]], [2, 4, 10]) == 0.312
