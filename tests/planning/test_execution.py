@@ -40,7 +40,7 @@ from sizes_of_5b import SFT
 
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.flags import ModelFlags
+from cogvideox.config.flags import ModelFlags, PlanFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import LoraOptions, SftOptions, samples_per_step
 from cogvideox.errors import UsageError
@@ -50,7 +50,7 @@ from cogvideox.planning import choice, costs, execution, plan
 from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import FRAGMENTS, GIB, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
-from cogvideox.runtime.ranks import Ranks
+from cogvideox.runtime.ranks import Ranks, alone
 
 Tiny = Callable[[str], Path]
 LEAN = ("--plan", "lean")
@@ -301,6 +301,24 @@ def test_processes_share_host_memory_but_not_device_memory(ranks: int, monkeypat
     machine = execution.measure_machine(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
     assert machine.device_bytes == int(free * FRAGMENTS)
     assert machine.host_bytes == available // ranks
+
+
+@pytest.mark.parametrize(("given", "planned"), [(None, 50), (8.0, 4), (200.0, 50)])
+def test_a_run_plans_with_the_host_memory_that_it_may_use(
+    given: float | None, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that start at the same time both find the same memory free."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(execution, "measure_machine", lambda *_: Machine(GIB, 50 * GIB))
+    run: Any = SimpleNamespace(barrier=lambda: None, device=torch.device("cpu"), dtype=torch.float32, ranks=alone())
+    sizes: Any = None  # the probes are not run in this test
+    machine = execution.measure_all_ranks(run, "cpu", sizes, PlanFlags(host_memory=given))
+    assert machine.host_bytes == planned * GIB
+
+
+def test_without_a_plan_nothing_limits_host_memory(model: Path, tensors: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--host_memory 8.0: contradicts --plan off; leave one of them out"):
+        run(model, tensors, tmp_path / "run", "--max_train_steps", 1, "--host_memory", 8, "--plan", "off")
 
 
 def test_ranks_plan_for_the_minimum_of_each_figure() -> None:

@@ -106,11 +106,9 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
 
 
 def dry_run_problems(flags: DryRunFlags) -> Iterator[str]:
-    """Yields a problem for each flag that says what --dry_run predicts, if --dry_run is not given."""
-    if not flags.dry_run:
-        for name in ("gpu", "host_memory"):
-            if getattr(flags, name) is not None:
-                yield f"--{name} {getattr(flags, name)}: is only used to predict a run; add --dry_run, or leave it out"
+    """Yields a problem if --gpu names what --dry_run predicts, and --dry_run is not given."""
+    if flags.gpu is not None and not flags.dry_run:
+        yield f"--gpu {flags.gpu}: is only used to predict a run; add --dry_run, or leave it out"
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:

@@ -566,9 +566,6 @@ class DryRunFlags:
         "card for which --dry_run predicts the run, also on a machine without it (default: the GPU of this machine)",
         choices=tuple(CARDS),
     )
-    host_memory: float | None = flag(
-        None, "GiB of free host memory that --dry_run assumes (default: what is free on this machine)", least=1.0
-    )
 
 
 @dataclass(frozen=True)
@@ -621,6 +618,12 @@ class PlanFlags:
         None,
         "GiB of GPU memory that the run may use, T5 and validation included; the plan is chosen as for a card of "
         "that size",
+        least=1.0,
+    )
+    host_memory: float | None = flag(
+        None,
+        "GiB of host memory that all processes of a machine together may plan with, of what is free; --dry_run assumes "
+        "that so much is free (default: what is free)",
         least=1.0,
     )
     weights_on: str = flag(

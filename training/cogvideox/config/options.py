@@ -343,7 +343,9 @@ def wanted_places(options: TrainOptions) -> PlanFlags:
 def asked_of_plan(options: TrainOptions) -> list[str]:
     """Returns the flags that only a plan can follow, as they are typed."""
     offloads = options.optimizer.offload_gradients and not isinstance(options, LoraOptions)
-    return [*options.plan.asked, *["--offload_gradients"] * offloads]
+    # To a dry run, --host_memory only describes the machine.
+    flags = dataclasses.replace(options.plan, host_memory=None) if options.forecast.dry_run else options.plan
+    return [*flags.asked, *["--offload_gradients"] * offloads]
 
 
 def trains_on_host(options: TrainOptions) -> bool:

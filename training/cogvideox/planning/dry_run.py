@@ -60,6 +60,7 @@ from cogvideox.planning.execution import (
     choose,
     compiles,
     drops_out,
+    host_share,
     limit_device_memory,
     measure_machine,
     no_plan_reason,
@@ -426,8 +427,8 @@ def machine_for(run: PlannedRun, options: TrainOptions, sizes: Sizes) -> tuple[M
         machine = measure_machine(run.device, run.dtype, backend, sizes, budget)
         described = f"{torch.cuda.get_device_name(run.device)}; rates and free memory were measured here"
         described += ", but NVLink between the GPUs is assumed" * (run.world > 1)
-    if options.forecast.host_memory is not None:
-        machine = replace(machine, host_bytes=int(options.forecast.host_memory * GIB) // ranks_here())
+    if options.plan.host_memory is not None:
+        machine = replace(machine, host_bytes=host_share(options.plan.host_memory))
     return machine, backend, described
 
 

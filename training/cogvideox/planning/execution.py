@@ -27,6 +27,7 @@ from torch import nn
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.deepspeed import offload_device, zero_stage
+from cogvideox.config.flags import PlanFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.optimizers import flag_of, host_state_problems, steps_on_device
 from cogvideox.config.options import (
@@ -138,7 +139,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])), steps=steps)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     try:
-        machine = measure_all_ranks(run, backend, sizes, options.plan.vram_budget)
+        machine = measure_all_ranks(run, backend, sizes, options.plan)
         chosen = choose(run, options, sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         fix = _smaller(options, sizes, run.world)
@@ -407,8 +408,13 @@ def measure_machine(
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
 
 
-def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None) -> Machine:
-    """Measures the device of each process and returns the minimum over all processes.
+def host_share(gib: float) -> int:
+    """Returns the bytes of this process's share of host memory that all processes of this host use together."""
+    return int(gib * plan.GIB) // ranks_here()
+
+
+def measure_all_ranks(run: Run, backend: str, sizes: Sizes, flags: PlanFlags) -> Machine:
+    """Measures the device of each process and returns the minimum over all processes, and of what the flags allow.
 
     Raises:
         torch.OutOfMemoryError: On every process, if one device has no room even for the probes.
@@ -417,7 +423,9 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None
     run.barrier()
     own: Machine | str
     try:
-        own = measure_machine(run.device, run.dtype, backend, sizes, budget)
+        own = measure_machine(run.device, run.dtype, backend, sizes, flags.vram_budget)
+        if flags.host_memory is not None:
+            own = replace(own, host_bytes=min(own.host_bytes, host_share(flags.host_memory)))
     except torch.OutOfMemoryError as error:
         # The error is gathered like a measurement, because the other processes would wait for this one forever.
         own = first_line(error)
