@@ -70,7 +70,9 @@ for name in ("height", "width"):
 {image_check}Path(args.output).parent.mkdir(parents=True, exist_ok=True)
 
 # These packages, if they are installed, warn about extras that are not used here.
-for name in ({noisy}):
+for name in (
+    {noisy},
+):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import diffusers
@@ -278,7 +280,7 @@ def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any], mul
         prompt=literal(prompts[0] if prompts else example),
         numbers="\n".join(lines),
         multiple=multiple,
-        noisy=", ".join(map(literal, NOISY)),
+        noisy=",\n    ".join(map(literal, NOISY)),
         diffusers=MIN_DIFFUSERS,
         oldest=oldest_diffusers(),
     )
