@@ -141,13 +141,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
         script = export_lora(args.model, folder)
-        arguments = ["--steps", str(args.steps), "--output", str(folder / "video.mp4")]
+        arguments = ["--steps", str(args.steps)]
         if args.model == TINY:
             arguments += ["--frames", "9", "--height", "64", "--width", "96"]
         print(f"{'GiB':>6} {'seconds':>10} {'whole command':>14} {'peak GiB':>9}", flush=True)
         rows = []
         for gib in args.gib:
-            rows.append(measure(script, gib, arguments))
+            rows.append(measure(script, gib, [*arguments, "--output", str(Path(temporary) / f"{gib:g}.mp4")]))
             print(row_of(rows[-1]), flush=True)
     if not all(NO_MEMORY in row.get("error", NO_MEMORY) for row in rows):
         return 1

@@ -39,7 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Saves the first frame of the video at the requested size."""
-    options = build_parser().parse_args()
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.picture.exists():
+        parser.error(f"{options.picture}: exists and would be replaced; move it away, or give another name")
     height, width = map(int, options.size.split("x"))
     first_frame(options.video, height, width, options.start).save(options.picture)
 

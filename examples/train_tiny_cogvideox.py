@@ -260,6 +260,7 @@ def assemble(base: Path, trained: Path, folder: Path) -> None:
         path.chmod(0o644)
 
 
+CARD_TITLE = "# A tiny CogVideoX that knows shapes"
 CARD = """\
 ---
 license: apache-2.0
@@ -336,6 +337,9 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Trains the VAE and the transformer, measures them, and writes the pipeline if it meets the limits."""
     options = _parse()
+    card = options.output_dir / "README.md"
+    if options.output_dir.exists() and not (card.is_file() and CARD_TITLE in card.read_text()):
+        raise SystemExit(f"--output_dir {options.output_dir}: exists and is not a tiny CogVideoX; give another folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     work = options.work_dir

@@ -22,11 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
-from cogvideox.files import write_atomically
+from cogvideox.files import PAGE_MARK, REPORT_NAME, foreign_problem, has_mark, write_atomically
 from cogvideox.runtime.curves import MIN_WINDOW, png, running_mean, thinned
 from cogvideox.runtime.metrics import column, grid_of, is_finite
 from cogvideox.runtime.report import (
-    REPORT_NAME,
     RunFiles,
     Sources,
     VideoGrid,
@@ -163,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit status."""
     args = build_parser().parse_args(argv)
     first, *others = args.runs
+    if problem := foreign_problem("--output", args.output, has_mark(args.output, PAGE_MARK)):
+        print(problem, file=sys.stderr)
+        return 2
     missing = [folder for folder in args.runs if not (folder / "config.json").is_file()]
     if missing == [first] and not others and (first / REPORT_NAME).is_file():
         text = moved((first / REPORT_NAME).read_text("utf-8"), first, Sources(args.output.parent, args.embed))

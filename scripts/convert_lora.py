@@ -26,11 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_tools import PREFIX, WEIGHTS_NAME, check_output, lora_file, replace_by
+from lora_tools import PREFIX, TRAINING_NAME, WEIGHTS_NAME, check_output, lora_file, replace_by
 
 FLAT_PREFIX = "lora_unet_"
 CONFIG_NAME = "lora_adapter_metadata"
-TRAINING_NAME = "cogvideox_training"  # metadata entry with the scale that this suite trained with
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 # All linear layers of CogVideoX 1.0 and 1.5. A name in which _ replaces the dots does not tell where the dots were.
 IN_BLOCKS = {  # diffusers' names in a block, and those of the CogVideoX in ComfyUI

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
+TRAINING_NAME = "cogvideox_training"  # metadata entry with the scale that this suite trained with
 PREFIX = "transformer."  # diffusers' prefix of a LoRA's keys and of its metadata
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as safetensors names them
 
@@ -110,7 +111,7 @@ def lora_file(given: str) -> Path:
 
 
 def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
-    """Checks before any work that the output can be written and does not replace an input.
+    """Checks before any work that the output can be written and does not replace an input or somebody else's file.
 
     Args:
         target: The output.
@@ -118,7 +119,8 @@ def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
         folder: Whether the output will be a folder.
 
     Raises:
-        ValueError: The output is one of the inputs, a folder that is not empty, or of the other kind.
+        ValueError: The output is one of the inputs, a folder that is not empty, of the other kind, or a file without
+            the metadata that this project writes into a LoRA.
     """
     for source in inputs:
         if target.exists() and target.samefile(source):
@@ -127,6 +129,20 @@ def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
         raise ValueError(f"{target}: is a folder{' that is not empty' if folder else ''}; give another output")
     if folder and target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file; give a new folder")
+    if target.is_file() and target.stat().st_size and TRAINING_NAME not in metadata_of(target):
+        rule = "has no metadata of a LoRA of this project and would be replaced"
+        raise ValueError(f"{target}: {rule}; move it away, or give another output")
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file, or {} if it has none or is another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def replace_by(target: Path, write: Callable[[Path], Any]) -> None:

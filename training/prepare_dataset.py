@@ -30,7 +30,15 @@ from cogvideox.data.media.pixels.decord_reader import check_reader
 from cogvideox.errors import plural
 from cogvideox.files import what_is_safe
 
-CHECKS = (check_preparation, check_data_roots, check_reader)
+
+def check_folder(options: PrepareOptions) -> Iterator[str]:
+    """Yields the files of other programs in --output_dir that would be replaced."""
+    from cogvideox.data.cache import foreign_files
+
+    return foreign_files("--output_dir", Path(options.prepare.output_dir))
+
+
+CHECKS = (check_preparation, check_folder, check_data_roots, check_reader)
 
 
 def main(options: PrepareOptions) -> int:

@@ -16,6 +16,7 @@ deleted. To start again, delete the table.
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from cogvideox.config import args
 from cogvideox.config.options import SceneOptions
@@ -29,6 +30,9 @@ def check_splitting(options: SceneOptions) -> Iterator[str]:
     table = os.path.abspath(options.scenes.table or "")
     if given is not None and table == os.path.abspath(given):
         yield f"--table {options.scenes.table}: is --dataset_file, the data set itself; name another file"
+    from cogvideox.preparation.scenes.cut_sheet import foreign_sheets
+
+    yield from foreign_sheets(Path(table))
 
 
 CHECKS = (check_splitting,)

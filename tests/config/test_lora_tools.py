@@ -320,6 +320,11 @@ def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: p
     hard.hardlink_to(file)
     outputs = [file, tmp_path / "lora", linked(tmp_path / "link.safetensors", file)]
     outputs += [linked(tmp_path / "folder", tmp_path / "lora"), hard, tmp_path / "lora" / ".." / "lora" / WEIGHTS]
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(1)}, other)
+    message = fails(capsys, convert_lora.main, file, other, "--to", "comfyui")
+    assert f"{other}: has no metadata of a LoRA of this project and would be replaced; move it away" in message
+    assert list(load_file(other)) == ["weight"]
     for output in outputs:
         message = fails(capsys, convert_lora.main, tmp_path / "lora", output, "--to", "comfyui")
         assert f"is the same as the input {file}; give another output" in message
@@ -345,7 +350,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(
     make_lora(tmp_path / "lora", model)
     output = tmp_path / "out" / "x.safetensors"
     output.parent.mkdir()
-    output.write_bytes(b"old")
+    save_file({"weight": torch.zeros(1)}, output, {"cogvideox_training": "{}"})
+    old = output.read_bytes()
 
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -358,7 +364,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(
             patch.setattr(name, fails_so)
             message = fails(capsys, convert_lora.main, tmp_path / "lora", output, "--to", "comfyui")
         assert f"{output}: cannot be written (" in message
-        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("x.safetensors", b"old")]
+        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("x.safetensors", old)]
 
 
 def test_a_link_as_output_stays_one(model: Path, tmp_path: Path) -> None:

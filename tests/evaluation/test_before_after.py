@@ -26,9 +26,9 @@ from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.evaluation import before_after
 from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter, nearest_samples
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator
+from cogvideox.files import REPORT_NAME
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.curves import CURVES_NAME
-from cogvideox.runtime.report import REPORT_NAME
 from cogvideox.runtime.sheets import Panel, SheetRow
 
 BLACK, GRAY, WHITE = 20, 128, 240

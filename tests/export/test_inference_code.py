@@ -362,6 +362,10 @@ def test_an_image_of_another_shape_is_fitted_as_clips_are(
     [
         (("a cat", "red.png", "cat"), "--output cat: must end in .mp4, .mov or .mkv"),
         (("a cat", "red.png", "cat.gif"), "--output cat.gif: must end in .mp4, .mov or .mkv"),
+        (
+            ("a cat", "red.png", "clip.mp4"),
+            "--output clip.mp4: exists and would be replaced; move it away, or give another name",
+        ),
         (("a cat", "red.png", "--height", "72"), "--height 72: must be a multiple of 16"),
         (("a cat", "red.png", "--width", "100"), "--width 100: must be a multiple of 16"),
         (("a cat", "blue.png", "cat.mp4"), "--image blue.png: no such file; give a path or URL of the first frame"),
@@ -377,6 +381,7 @@ def test_values_that_cannot_work_are_refused_before_anything_is_loaded(
     """The video would only be written after minutes of sampling, and diffusers finds some sizes as late."""
     (tmp_path / "inference.py").write_text(code_of(tmp_path, ImageToVideo, PLAIN), encoding="utf-8")
     (tmp_path / "red.png").touch()
+    (tmp_path / "clip.mp4").touch()
     command = [sys.executable, "inference.py", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2

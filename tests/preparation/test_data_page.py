@@ -183,6 +183,19 @@ def test_details_of_notes_are_nested() -> None:
     assert note_list([]) == ""
 
 
+def test_a_page_of_another_program_is_not_replaced(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "mine.html"
+    page.write_text("<html>mine</html>")
+    assert compare_runs.main([str(prepared[0]), "--output", str(page)]) == 2
+    assert f"{page}: was not written by this script and would be replaced" in capsys.readouterr().err
+    assert page.read_text() == "<html>mine</html>"
+    page.unlink()
+    for _ in range(2):
+        assert compare_runs.main([str(prepared[0]), "--output", str(page)]) == 0
+
+
 def test_a_page_to_send_contains_its_pictures(
     prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -985,3 +985,31 @@ def test_flags_of_first_frames_that_are_not_encoded_are_remarked(
         running.prepare(tiny("5b"), data, tmp_path / "tensors", *flags, *more)
         found = [line for line in capsys.readouterr().err.splitlines() if "no first frames are encoded" in line]
         assert len(found) == number
+
+
+@pytest.mark.parametrize(
+    "name", ["index.json", "report.html", "ledger.jsonl", "health.jsonl", "preview/strips/photo.jpg"]
+)
+@pytest.mark.fault("flags: files of other programs that a script would replace", times=2)
+def test_files_of_other_programs_are_not_replaced(name: str, tiny: Tiny, clips: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tensors"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("{}")
+    rule = f"{name.removesuffix('/photo.jpg')}: was not written by this script and would be replaced; move it away"
+    with pytest.raises(UsageError, match=f"{rule}, or give another --output_dir"):
+        running.prepare(tiny("5b"), clips, folder, "--dry_run")
+    flags = running.lora_flags(tiny("5b"), clips, tmp_path / "lora", "--tensor_cache", folder)
+    with pytest.raises(UsageError, match=f"{rule}, or give another --tensor_cache"):
+        running.train(flags)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["{}"]
+
+
+def test_a_damaged_index_and_other_files_of_a_preparation_are_replaced(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "report.html").touch()
+    assert running.prepare(tiny("5b"), clips, tmp_path) == 0
+    for name in ("index.json", "report.html"):
+        (tmp_path / name).write_text("torn")
+    assert running.prepare(tiny("5b"), clips, tmp_path) == 0
+    assert len(open_index(tmp_path).samples) == len(list(clips.glob("videos/*.mp4")))
+    assert (tmp_path / "notes.txt").read_text() == "mine"

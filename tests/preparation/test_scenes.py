@@ -93,6 +93,18 @@ def test_scenes_are_rows_and_other_clips_keep_their_captions(
     Image.open(tmp_path / "clips-scenes-cuts.png").verify()
 
 
+@pytest.mark.parametrize("name", ["clips-scenes-cuts.png", "clips-scenes-cuts-2.png"])
+@pytest.mark.fault("flags: files of other programs that a script would replace")
+def test_a_picture_of_another_program_is_not_replaced(
+    folder: Path, split: Callable[..., list[dict[str, str]]], tmp_path: Path, name: str
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UsageError, match=f"{name}: was not written by this script and would be replaced; .* --table"):
+        split()
+    assert (tmp_path / name).read_bytes() == before
+
+
 def test_no_section_contains_a_cut(folder: Path, split: Callable[..., list[dict[str, str]]]) -> None:
     """The first and the last frame of a section, as a preparation counts them, are those at the cuts."""
     shown = shots(20, 5, 30)

@@ -8,6 +8,8 @@ from typing import Any
 import first_frame
 import numpy as np
 import pytest
+import real_clips
+import train_tiny_cogvideox
 from PIL import Image
 from real_clips import write_video
 from running import ROOT
@@ -89,6 +91,24 @@ def test_the_first_frame_of_a_scene(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4", frames, 8)
     means = [np.array(first_frame.first_frame(tmp_path / "clip.mp4", 64, 96, start)).mean() for start in (0, 0.5)]
     assert np.abs(np.array(means) - (30, 200)).max() < 12
+
+
+def test_the_examples_replace_no_file_of_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prompts.txt", "README.md", "frame.png"):
+        (tmp_path / name).write_text("mine")
+    folder = str(tmp_path)
+    for main, words in (
+        (real_clips.main, ("--output_dir", folder)),
+        (train_tiny_cogvideox.main, ("--work_dir", str(tmp_path / "work"), "--output_dir", folder)),
+        (first_frame.main, ("clip.mp4", str(tmp_path / "frame.png"))),
+    ):
+        monkeypatch.setattr("sys.argv", ["script.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("prompts.txt", "README.md", "frame.png"), "mine"
+    )
 
 
 def test_first_frame_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

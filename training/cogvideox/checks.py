@@ -18,6 +18,7 @@ from cogvideox.config.optimizers import check_optimizer, check_state_place
 from cogvideox.config.options import TrainOptions, image_flags, is_url
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
+from cogvideox.data.cache import foreign_files
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.pixels.decord_reader import check_reader
@@ -67,13 +68,14 @@ def image_problems(path: str) -> Iterator[str]:
 
 
 def check_tensor_cache(options: TrainOptions) -> Iterator[str]:
-    """Yields a problem if a run has to encode or convert tensors into a folder that cannot be written."""
+    """Yields the problems of the folder into which a run has to encode or convert tensors."""
     root = Path(options.data.data_root[0])
     if not root.is_dir() or (options.loader.load_tensors and not is_factory_layout(root)):
         return
     folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
     if not os.access(nearest_folder(folder), os.W_OK | os.X_OK):
         yield f"--tensor_cache {folder}: cannot be written; give a folder in which the tensors can be written"
+    yield from foreign_files("--tensor_cache", folder)
 
 
 def check_workers(options: TrainOptions) -> Iterator[str]:

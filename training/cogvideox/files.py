@@ -27,6 +27,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of every 
 LFS_LONGEST = 1024  # largest size of a pointer in bytes, by the specification of Git LFS
 # Seconds after its last change at which a temporary file of another machine counts as abandoned.
 ABANDONED_AFTER = 3600.0
+MARK_WITHIN = 65536  # bytes at the start of a file in which has_mark looks for its mark
+REPORT_NAME = "report.html"  # the page about a run or a prepared folder
+PAGE_MARK = b"--edge: #8884"  # in the style of every such page, and of those that compare runs
 MACHINE_DIGITS = 12  # hexadecimal digits in the name of a machine
 # Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {
@@ -98,6 +101,28 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def has_mark(path: Path, mark: bytes) -> bool:
+    """Returns whether a file exists and has the mark of this project near its start."""
+    try:
+        with open(path, "rb") as file:
+            return mark in file.read(MARK_WITHIN)
+    except OSError:
+        return False
+
+
+def foreign_problem(flag: str, path: Path, is_own: bool) -> str | None:
+    """Returns, as a message, why a file or folder must not be replaced: it is not empty, and it is not our own.
+
+    Args:
+        flag: The flag that names it or its folder.
+        path: Its path; it need not exist.
+        is_own: Whether its content shows that this project wrote it.
+    """
+    if is_own or not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return None
+    return f"{path}: was not written by this script and would be replaced; move it away, or give another {flag}"
 
 
 @contextmanager

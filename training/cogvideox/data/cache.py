@@ -27,10 +27,15 @@ from typing import TYPE_CHECKING, Any
 from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import TENSOR_INDEX
+from cogvideox.data.forms.folders import PREVIEW_FOLDER
 from cogvideox.errors import UsageError
 from cogvideox.files import (
     LOCK_NAME,
+    PAGE_MARK,
+    REPORT_NAME,
     disk_errors_converted,
+    foreign_problem,
+    has_mark,
     remove_stale_temporaries,
     stamp_of,
     write_atomically,
@@ -44,6 +49,11 @@ INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
 INDEX_LOCK = ".index"
 _KEY_FIELDS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
 _KEY_PATTERN = re.compile("[0-9a-f]{64}")
+
+
+# The files by which a prepared folder is recognized, each with bytes near its start, and all that are replaced there.
+_MARKS = {TENSOR_INDEX: b'"samples"', "ledger.jsonl": b'"request"', REPORT_NAME: PAGE_MARK}
+_REPLACED = (*_MARKS, "health.jsonl", f"{PREVIEW_FOLDER}/strips")
 
 
 class CacheError(UsageError):
@@ -61,6 +71,17 @@ def is_key(value: object) -> bool:
     An index may come from somebody else and hold anything, for example a path that leads out of the folder.
     """
     return isinstance(value, str) and _KEY_PATTERN.fullmatch(value) is not None
+
+
+def foreign_files(flag: str, folder: Path) -> Iterator[str]:
+    """Yields, as messages, the files that a preparation would replace, unless the folder was prepared before.
+
+    Args:
+        flag: The flag that names the folder.
+        folder: The folder, which need not exist.
+    """
+    is_own = any(has_mark(folder / name, mark) for name, mark in _MARKS.items())
+    yield from filter(None, (foreign_problem(flag, folder / name, is_own) for name in _REPLACED))
 
 
 class TensorCache:

@@ -64,6 +64,8 @@ parser.add_argument(
 args = parser.parse_intermixed_args()
 if Path(args.output).suffix.lower() not in (".mp4", ".mov", ".mkv"):
     parser.error(f"--output {{args.output}}: must end in .mp4, .mov or .mkv")
+if Path(args.output).exists():
+    parser.error(f"--output {{args.output}}: exists and would be replaced; move it away, or give another name")
 for name in ("height", "width"):
     if getattr(args, name) % {multiple}:
         parser.error(f"--{{name}} {{getattr(args, name)}}: must be a multiple of {multiple}")

@@ -19,12 +19,12 @@ from cogvideox.data.health import LOOK_BITS, Health, alike, clip_oddities, usual
 from cogvideox.data.records import ClipRecord
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used
 from cogvideox.errors import UsageError, one_line, plural
-from cogvideox.files import write_atomically
+from cogvideox.files import REPORT_NAME, write_atomically
 from cogvideox.preparation.causes import WORDS, causes_of
 from cogvideox.preparation.pictures import Pictures, sheet_picks
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.runtime.metrics import is_finite
-from cogvideox.runtime.report import REPORT_NAME, Sources, VideoGrid, page, picture, section, table
+from cogvideox.runtime.report import Sources, VideoGrid, page, picture, section, table
 from cogvideox.runtime.run import command_line
 from cogvideox.runtime.sheets import pick_evenly
 

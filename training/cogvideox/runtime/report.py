@@ -26,10 +26,10 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from cogvideox.errors import plural
-from cogvideox.files import write_atomically
+from cogvideox.files import REPORT_NAME, write_atomically
 from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, is_finite, read_records
 
-REPORT_NAME, TEMPLATE = "report.html", Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).with_suffix(".html")
 VIDEO_NAME = re.compile(r"step-(\d{6})_prompt-(\d+)_.*_(\d+)\.mp4")
 PICTURES = {"contact_sheet.png": "Before and after, next to the most similar training clip", "curves.png": "Curves"}
 MAX_CLIPS = 500  # more captions than this make a page slow

@@ -5,6 +5,7 @@ edited.
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox import stopping
-from cogvideox.data.cache import hash_of
+from cogvideox.data.cache import hash_of, is_key
 from cogvideox.data.forms.scene_table import Clip
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.pixels.stills import info_of, small_frames
 from cogvideox.data.media.workers import Limits, Workers, usual_number
-from cogvideox.files import stamp_of
+from cogvideox.files import foreign_problem, stamp_of
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.sheets import Panel, SheetRow, comment_of, contact_sheet
 
@@ -33,6 +34,13 @@ Cut = tuple[str, float]  # the path of a file, and the time at which a scene beg
 def sheet_path(table: Path, number: int) -> Path:
     """Returns the path of a sheet next to its table; sheets are counted from 1."""
     return table.with_name(f"{table.stem}-cuts{f'-{number}' if number > 1 else ''}.png")
+
+
+def foreign_sheets(table: Path) -> Iterator[str]:
+    """Yields the pictures next to a table that ``draw_cuts`` may replace or delete, and that it has not drawn."""
+    name = re.compile(rf"{re.escape(table.stem)}-cuts(-\d+)?\.png")
+    found = sorted(path for path in table.parent.glob("*.png") if name.fullmatch(path.name))
+    yield from filter(None, (foreign_problem("--table", path, is_key(comment_of(path))) for path in found))
 
 
 def draw_cuts(table: Path, clips: Mapping[str, Sequence[Clip]], root: str, limits: Limits) -> list[Path]:
