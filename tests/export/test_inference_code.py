@@ -386,3 +386,14 @@ def test_values_that_cannot_work_are_refused_before_anything_is_loaded(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"inference.py: error: {problem}"
+
+
+def test_the_default_output_replaces_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = code_of(tmp_path, TextToVideo, PLAIN)
+    for name in ("output.mp4", "output-2.mp4"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["inference.py"])
+    found: dict[str, Any] = {"__file__": str(tmp_path / "inference.py")}
+    exec(code.split("# These packages")[0], found)
+    assert found["args"].output == "output-3.mp4"

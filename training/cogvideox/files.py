@@ -29,7 +29,7 @@ LFS_LONGEST = 1024  # largest size of a pointer in bytes, by the specification o
 ABANDONED_AFTER = 3600.0
 MARK_WITHIN = 65536  # bytes at the start of a file in which has_mark looks for its mark
 REPORT_NAME = "report.html"  # the page about a run or a prepared folder
-PAGE_MARK = b"--edge: #8884"  # in the style of every such page, and of those that compare runs
+PAGE_MARK = b'<meta name="generator" content="cogvideox-finetuning">'  # in the head of such pages (report.html)
 MACHINE_DIGITS = 12  # hexadecimal digits in the name of a machine
 # Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {

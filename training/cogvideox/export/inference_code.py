@@ -59,13 +59,17 @@ parser.add_argument(
     default={prompt},
     help="what the video shows",
 )
-{image_flag}parser.add_argument("--output", default="output.mp4", help="the video file to write")
+{image_flag}parser.add_argument("--output", default="output.mp4", help="video file; a number is added to the default")
 {numbers}
 args = parser.parse_intermixed_args()
 if Path(args.output).suffix.lower() not in (".mp4", ".mov", ".mkv"):
     parser.error(f"--output {{args.output}}: must end in .mp4, .mov or .mkv")
-if Path(args.output).exists():
+if Path(args.output).exists() and args.output != "output.mp4":
     parser.error(f"--output {{args.output}}: exists and would be replaced; move it away, or give another name")
+number = 1
+while Path(args.output).exists():
+    number += 1
+    args.output = f"output-{{number}}.mp4"
 for name in ("height", "width"):
     if getattr(args, name) % {multiple}:
         parser.error(f"--{{name}} {{getattr(args, name)}}: must be a multiple of {multiple}")
