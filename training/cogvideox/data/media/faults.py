@@ -7,6 +7,7 @@ fine.
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOM
 _PATH_ERRORS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 # FFmpeg reports these for damaged files as well. In that case all bytes of the file can be read.
 _AMBIGUOUS_ERRORS = {errno.EIO, errno.EPERM}
+_PLACE_IN_DECORD = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 
 
 class VideoError(ValueError):
@@ -68,6 +70,9 @@ def _is_readable(path: str | os.PathLike[str]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first line of an error's message; decord adds its call stack in further lines."""
+    """Returns the first line of an error's message, without the places in decord's code.
+
+    Decord writes time, file and line before each message, and adds its call stack in further lines.
+    """
     message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(message).splitlines()[0]
+    return _PLACE_IN_DECORD.sub("", str(message).splitlines()[0])
