@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import TENSOR_INDEX
-from cogvideox.data.forms.folders import PREVIEW_FOLDER
+from cogvideox.data.forms.folders import LEDGER_NAME, PREVIEW_FOLDER
 from cogvideox.errors import UsageError
 from cogvideox.files import (
     LOCK_NAME,
@@ -49,11 +49,11 @@ INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
 INDEX_LOCK = ".index"
 _KEY_FIELDS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
 _KEY_PATTERN = re.compile("[0-9a-f]{64}")
-
-
+HEALTH_NAME = "health.jsonl"  # what was measured of each clip when it was decoded
+STRIPS_FOLDER = "strips"  # in PREVIEW_FOLDER
 # The files by which a prepared folder is recognized, each with bytes near its start, and all that are replaced there.
-_MARKS = {TENSOR_INDEX: b'"samples"', "ledger.jsonl": b'"request"', REPORT_NAME: PAGE_MARK}
-_REPLACED = (*_MARKS, "health.jsonl", f"{PREVIEW_FOLDER}/strips")
+_MARKS = {TENSOR_INDEX: b'"samples"', LEDGER_NAME: b'"request"', REPORT_NAME: PAGE_MARK}
+_REPLACED = (*_MARKS, HEALTH_NAME, f"{PREVIEW_FOLDER}/{STRIPS_FOLDER}")
 
 
 class CacheError(UsageError):
@@ -198,7 +198,7 @@ class Ledger:
     or the recipe changes, the request does too, and the old record is no longer found.
     """
 
-    def __init__(self, folder: Path, file: str = "ledger.jsonl", name: str = "request") -> None:
+    def __init__(self, folder: Path, file: str = LEDGER_NAME, name: str = "request") -> None:
         """Stores the path of the file, which does not have to exist yet, and the field that names a record."""
         self.path, self.name = folder / file, name
 

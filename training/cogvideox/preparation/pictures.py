@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.data.cache import hash_of
+from cogvideox.data.cache import STRIPS_FOLDER, hash_of
 from cogvideox.data.forms.folders import PREVIEW_FOLDER
 from cogvideox.data.records import Variant
 from cogvideox.data.strips import draw_strip
@@ -40,12 +40,12 @@ class Pictures:
         """Returns the path of the strip of a clip; the file exists if it was drawn."""
         sample = self.preparation.samples[clip.place]
         name = hash_of([self.preparation.requests[sample.clip], shown(clip).to_json()])[:16]
-        return self.folder / "strips" / f"{name}.jpg"
+        return self.folder / STRIPS_FOLDER / f"{name}.jpg"
 
     def draw_strips(self, clips: Iterable[Used]) -> None:
         """Draws the strips of some clips, and removes those of all other clips. Clips that do not decode have none."""
         wanted = {self.strip(clip): clip for clip in clips}
-        for old in set((self.folder / "strips").glob("*.jpg")) - set(wanted):
+        for old in set((self.folder / STRIPS_FOLDER).glob("*.jpg")) - set(wanted):
             old.unlink(missing_ok=True)
         todo = [(path, clip) for path, clip in wanted.items() if not path.is_file()]
         videos = (self.preparation.samples[clip.place].video for _, clip in todo)

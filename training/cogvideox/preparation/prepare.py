@@ -33,7 +33,7 @@ from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import local_processes
 from cogvideox.config.prepared_flags import kept_values
-from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, NewRecords, TensorCache, hash_of
+from cogvideox.data.cache import HEALTH_NAME, CachedSample, CacheIndex, Ledger, NewRecords, TensorCache, hash_of
 from cogvideox.data.claims import Claims
 from cogvideox.data.clips import decode_measured, image_refusal, image_request, measure_clip, plan_clip, plan_image
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
@@ -99,7 +99,7 @@ class Preparation:
         self.model, self.data, self.flags, self.geometry, self.folder = model, data, flags, geometry, folder
         self.ranks, self.image_variants = ranks, image_variants
         self.cache = TensorCache(folder)
-        self.ledger, self.health = Ledger(folder), Ledger(folder, "health.jsonl", "tensor")
+        self.ledger, self.health = Ledger(folder), Ledger(folder, HEALTH_NAME, "tensor")
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
         listing = take_listing(data, folder, need_captions)

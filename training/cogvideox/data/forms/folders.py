@@ -61,7 +61,8 @@ DOCUMENTS = {
 NO_NAMES: Names = (None, None, None)
 PREVIEW_FOLDER = "preview"  # in the output folder of a preparation: pictures of its clips
 # A folder with all files of one of these groups was written by this suite, and is not searched for clips.
-OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))
+LEDGER_NAME = "ledger.jsonl"  # in the output folder of a preparation: what is known about each file
+OUTPUTS = ((LEDGER_NAME,), ("config.json", "metrics.jsonl"))
 
 
 def read_rows(folder: str, data: FolderFlags, problems: Problems) -> tuple[Columns, list[str]]:
