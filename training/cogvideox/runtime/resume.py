@@ -161,12 +161,13 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
                 shutil.rmtree(leftover)
     run.barrier()
     folder, problem = None, None
+    damaged: set[Path] = set()
     if run.is_main:
         try:
             folder = find_checkpoint(run, options.train.resume_from_checkpoint)
         except UsageError as error:
             problem = error
-    damaged = set(checkpoints(run.output_dir)) - set(intact_checkpoints(run.output_dir))
+        damaged = set(checkpoints(run.output_dir)) - set(intact_checkpoints(run.output_dir))
     folder, problem, damaged = run.from_main((folder, problem, damaged))
     for path in damaged:
         remember_damage(path)
