@@ -30,8 +30,8 @@ SETTLED = 2.0  # seconds; after so long the next change of a file gets another t
 def cache_folder() -> Path | None:
     """Returns the suite's folder below $XDG_CACHE_HOME or ~/.cache, which only this user can read and write.
 
-    Returns None if there is no such folder: the user has no home, it cannot be created, or it belongs to another user.
-    Compiled kernels are executed when they are loaded, so a folder that others can write to must not be used.
+    Returns None if the user has no home, or if the folder cannot be created or belongs to another user. Compiled
+    kernels are executed when they are loaded, so a folder that others can write to must not be used.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):  # the specification of the variable says that a relative path is ignored
