@@ -36,7 +36,8 @@ from cogvideox.model.methods import FullFinetune, Lora, Method
 from cogvideox.model.tasks import TextToVideo, losses_of
 from cogvideox.model.vae_decoder import Decoder
 from cogvideox.optimizer.engine import make_engine
-from cogvideox.optimizer.step import StepResult, learning_rate
+from cogvideox.optimizer.schedule import learning_rate
+from cogvideox.optimizer.step import StepResult
 from cogvideox.planning import execution, plan
 from cogvideox.planning.dry_run import PlannedRun
 from cogvideox.planning.plan import ExecutionPlan

@@ -28,8 +28,10 @@ from cogvideox.config.optimizers import (
 )
 from cogvideox.config.options import LoraOptions
 from cogvideox.errors import UsageError
-from cogvideox.optimizer.master_weights import as_tensor, is_fused, plain_tensors, set_rate
-from cogvideox.optimizer.step import MasterWeights, rule_of, state_bytes
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.resident_weights import ResidentWeights, is_fused, set_rate
+from cogvideox.optimizer.rule import make_masters, rule_of, state_bytes
+from cogvideox.optimizer.state_tensors import as_tensor, plain_tensors
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
 ADAM = {"betas": BETAS, "eps": EPSILON, "weight_decay": DECAY}
@@ -94,7 +96,7 @@ def parameters(command: str, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def engine_of(command: str, params: dict[str, Parameter], norm: float = 0.0, scale: bool = False) -> MasterWeights:
-    return MasterWeights(params, rule_of(flags_of(command)), norm, scale, passes=2)
+    return make_masters(params, rule_of(flags_of(command)), norm, scale, passes=2)
 
 
 def library_s(command: str, params: dict[str, Parameter]) -> torch.optim.Optimizer:
@@ -113,7 +115,7 @@ def test_equals_its_library(command: str, norm: float) -> None:
     """Weights and moments are bit-identical, except for the rounding of clipping: torch multiplies, we divide."""
     ours, theirs = parameters(command), parameters(command)
     engine, reference = engine_of(command, ours, norm), library_s(command, theirs)
-    assert engine.resident is not None
+    assert isinstance(engine, ResidentWeights)
     assert type(engine.resident.optimizer) is type(reference)
     for step in range(6):
         engine.backward(loss_of(ours, step))
@@ -157,7 +159,7 @@ def test_resumes_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.
 
 def kinds(engine: MasterWeights) -> list[dict[str, type]]:
     """Returns the types of the state of an optimizer."""
-    if engine.resident is None:
+    if not isinstance(engine, ResidentWeights):
         return [{name: type(tensor) for name, tensor in engine.state().items()}]
     optimizer = engine.resident.optimizer
     kept = [optimizer.state[master] for master in engine.resident.masters] + optimizer.param_groups
@@ -224,7 +226,7 @@ def test_fused_optimizers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPa
 
     def waits(command: str, on_host: bool = False) -> bool:
         params = parameters(command)
-        engine = MasterWeights(params, rule_of(flags_of(command)), 0.0, False, on_host)
+        engine = make_masters(params, rule_of(flags_of(command)), 0.0, False, on_host)
         engine.backward(loss_of(params, 0))
         asked = []
         item = torch.Tensor.item

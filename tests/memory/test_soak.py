@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from running import lora_flags, losses, train
 
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.master_weights import MasterWeights
 
 STEPS, EVERY = 10_000, 1000
 

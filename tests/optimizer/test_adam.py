@@ -10,7 +10,7 @@ import torch
 from stepping import ADAM_CLASSES, parameters, rate, state_equal, train
 from torch import Tensor
 
-from cogvideox.optimizer import adam_weights
+from cogvideox.optimizer import adam_groups
 from cogvideox.optimizer.adam import (
     BF16,
     CODES_FIRST,
@@ -33,7 +33,8 @@ from cogvideox.optimizer.adam import (
     stored_moments,
     update,
 )
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 
 GROUPS = 8
 ONE, ZERO = torch.ones(()), torch.zeros(())
@@ -361,7 +362,7 @@ def engine_of(
     moments: str, dtype: torch.dtype = torch.bfloat16, masters: bool = True, state_on_host: bool = False
 ) -> tuple[MasterWeights, dict[str, torch.nn.Parameter]]:
     params = parameters(dtype)
-    return MasterWeights(params, replace(adam(moments), masters=masters), 5.0, False, state_on_host), params
+    return make_masters(params, replace(adam(moments), masters=masters), 5.0, False, state_on_host), params
 
 
 SMALLER = [(EIGHT_BIT, True), (BF16, True), (FP32, False), (EIGHT_BIT, False)]  # moments, and whether there are masters
@@ -387,7 +388,7 @@ def test_smaller_state_is_the_same_wherever_it_is_stored(
     monkeypatch: pytest.MonkeyPatch, moments: str, masters: bool
 ) -> None:
     """Random bits depend on the numbers alone, not on the ranges in which arrays pass through the device."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", 12 * 512)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", 12 * 512)
     on_device, params = engine_of(moments, masters=masters)
     on_host, again = engine_of(moments, masters=masters, state_on_host=True)
     assert len(on_host.passing[0]._ranges) > 1

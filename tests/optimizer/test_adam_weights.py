@@ -1,4 +1,4 @@
-"""adam_weights.py: state on the host gives the same bits as on the device, and checkpoints of either are the same."""
+"""adam_weights.py, adam_groups.py: state on the host gives the same bits as on the device, and the same checkpoints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch.nn import Parameter
 
 from cogvideox.config.flags import OptimizerFlags
 from cogvideox.memory.streaming import STAGES
-from cogvideox.optimizer import adam_weights
+from cogvideox.optimizer import adam_groups
 from cogvideox.optimizer import step as step_module
 from cogvideox.optimizer.adam import MOMENTS, Adam, is_compiled, read_moments, update, update_on
 from cogvideox.optimizer.ema import Ema
-from cogvideox.optimizer.step import MasterWeights, rule_of
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters, rule_of
 
 SMALL = 12 * 512  # bytes of a range
 RANGES = {"many": SMALL, "few": 8 * 2500, "one": 64 * 2**20}  # bytes of a range, by the number of ranges
@@ -34,7 +35,7 @@ def pair(
         start = parameters(dtype, shapes=shapes)
         params = {name: Parameter(p.detach().to(device)) for name, p in start.items()}
         scale = dtype == torch.float16
-        engine = MasterWeights(params, rule_of(flags), 5.0, scale, state_on_host=on_host, passes=2)
+        engine = make_masters(params, rule_of(flags), 5.0, scale, state_on_host=on_host, passes=2)
         made.append((engine, params))
     return made
 
@@ -60,7 +61,7 @@ def test_on_the_host_is_the_same_bit_for_bit(
     dtype: torch.dtype, rule: str, ranges: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps include clipped, unclipped and skipped ones, and with fp16 a loss scale that changes."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", RANGES[ranges])
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", RANGES[ranges])
     monkeypatch.setattr(step_module, "GROWTH_INTERVAL", 5)
     resident, hosted = pair(dtype, rule=rule)
     count = len(hosted[0].passing[0]._ranges)
@@ -81,7 +82,7 @@ def test_on_the_host_is_the_same_bit_for_bit(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_odd_sizes_differ_by_rounding_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, torch rounds the remainder of a vector loop differently than the full vectors before it."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
     resident, hosted = pair(dtype, shapes={"odd": (37, 31), "one": (1,), "bias": (7,)})
     for engine, params in (resident, hosted):
         for step in range(4):
@@ -96,13 +97,13 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A few slots on the device serve all ranges, and each update sees the state in one of them."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
     (_, (engine, params)) = pair(torch.bfloat16)
     (hosted,) = engine.passing
     homes = {key: array.data_ptr() for key, array in hosted.arrays.items()}
     assert homes.keys() == {"low", "exp_avg", "exp_avg_sq"}
     seen: list[int] = []
-    update = adam_weights.update_on
+    update = adam_groups.update_on
 
     def watched(device: str, settings: Adam) -> Any:
         def call(weight: Any, gradient: Any, state: dict[str, torch.Tensor], scalars: Any) -> None:
@@ -114,7 +115,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
 
         return call
 
-    monkeypatch.setattr(adam_weights, "update_on", watched)
+    monkeypatch.setattr(adam_groups, "update_on", watched)
     train(engine, params, 0, 1)
     assert len(seen) == len(hosted._ranges) > STAGES
     assert seen == (seen[:STAGES] * len(seen))[: len(seen)]
@@ -132,7 +133,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
 @pytest.mark.fault("memory: copies to and from the device that are late")
 def test_late_copies_change_nothing(ranges: str, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated streams delay each copy until something waits for it, so a missing wait would change the numbers."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", RANGES[ranges])
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", RANGES[ranges])
     late_streams.use(monkeypatch, seed)
     resident, hosted = pair(torch.bfloat16)
     for step in range(4):
@@ -145,7 +146,7 @@ def test_late_copies_change_nothing(ranges: str, seed: int | None, monkeypatch: 
 @pytest.mark.parametrize("name", ["into", "work", "out"])
 def test_a_missing_wait_of_the_transfers_changes_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transfers wait for copies to the device, for the update, and for copies to the host."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
     late_streams.use(monkeypatch, None)
     resident, hosted = pair(torch.bfloat16)
     transfers = hosted[0].transfers
@@ -163,7 +164,7 @@ def test_a_missing_wait_of_the_transfers_changes_the_numbers(name: str, monkeypa
 def test_either_placement_resumes_from_the_state_of_the_other(
     dtype: torch.dtype, first: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
     (source, reference), (target, again) = pair(dtype)[:: -1 if first else 1]
     train(target, again, 40, 42)  # Loading must overwrite this state.
     train(source, reference, 0, steps)
@@ -175,7 +176,7 @@ def test_either_placement_resumes_from_the_state_of_the_other(
 
 
 def test_the_average_is_the_same_with_masters_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
     states = []
     for dtype in (torch.float32, torch.bfloat16):
         for engine, params in pair(dtype):
@@ -194,8 +195,8 @@ def test_the_average_is_the_same_with_masters_on_the_host(monkeypatch: pytest.Mo
 def test_masters_and_moments_are_written_before_they_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinning creates the pages of an empty buffer one after another, which takes longer than writing to them."""
     pinned: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
-    monkeypatch.setattr(adam_weights, "pin", lambda array: pinned.update({array.data_ptr(): array.clone()}))
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", SMALL)
+    monkeypatch.setattr(adam_groups, "pin", lambda array: pinned.update({array.data_ptr(): array.clone()}))
     engine = pair(torch.float16)[1][0]
     (group,) = engine.passing
     assert len(group._ranges) > 1
@@ -220,7 +221,7 @@ def test_on_a_gpu_the_host_never_waits_and_the_numbers_are_the_same(
     dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tensors are so large that a copy without a wait would not have finished yet."""
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", 6 * 2**20)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", 6 * 2**20)
     resident, hosted = pair(dtype, "cuda", rule, BIG)
     assert len(hosted[0].passing[0]._ranges) > 2
     assert all(array.device.type == "cpu" for array in hosted[0].passing[0].arrays.values())
@@ -253,10 +254,10 @@ def test_on_a_gpu_the_host_never_waits_and_the_numbers_are_the_same(
 @pytest.mark.gpu
 @pytest.mark.fault("memory: master weights in host memory, compared with those on the GPU")
 def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam_weights, "RANGE_BYTES", 12 * 2**20)
+    monkeypatch.setattr(adam_groups, "RANGE_BYTES", 12 * 2**20)
     params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}
     bare = torch.cuda.memory_allocated()
-    engine = MasterWeights(params, rule_of(FLAGS), 0.0, False, state_on_host=True)
+    engine = make_masters(params, rule_of(FLAGS), 0.0, False, state_on_host=True)
     assert torch.cuda.memory_allocated() - bare < 1.05 * sum(p.nbytes for p in params.values())
     engine.step(0.1)  # The first step compiles the update, for which torch tries it on memory of its own.
     engine.wait()  # As before a backward pass, which frees the ranges too.
@@ -284,7 +285,7 @@ def test_moments_of_bitsandbytes_are_loaded(moments: str) -> None:
 
     shapes = {"large": (70, 77), "small": (6, 8)}
     first = parameters(torch.bfloat16, shapes=shapes)
-    then = MasterWeights(first, partial(AdamW8bit, lr=1.0), 0.0, False)
+    then = make_masters(first, partial(AdamW8bit, lr=1.0), 0.0, False)
     for step in range(3):
         then.backward(torch.stack([(p.float() - step).square().sum() for p in first.values()]).sum())
         then.step(rate(step))
@@ -292,7 +293,7 @@ def test_moments_of_bitsandbytes_are_loaded(moments: str) -> None:
     assert state["state1/large"].dtype == torch.uint8
     assert state["state1/small"].dtype == torch.float32
     params = parameters(torch.bfloat16, seed=1, shapes=shapes)
-    now = MasterWeights(params, Adam(0.9, 0.999, 1e-8, 0.0, decoupled=True, moments=moments), 0.0, False)
+    now = make_masters(params, Adam(0.9, 0.999, 1e-8, 0.0, decoupled=True, moments=moments), 0.0, False)
     now.load_state(state)
     assert now.steps == 3
     assert all(now.named_masters()[name].equal(state[f"master/{name}"]) for name in shapes)

@@ -17,10 +17,10 @@ from torch.nn import Parameter
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import HeldOut
 from cogvideox.optimizer.adam import Adam, split
-from cogvideox.optimizer.adam_weights import Group, Masters
+from cogvideox.optimizer.adam_groups import Group, Masters
 from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.runtime.checkpoint_files import damage_of
 
 SHAPES = {"down": (8, 5), "up": (6, 8), "bias": (7,)}
@@ -130,7 +130,7 @@ def test_evaluations_change_no_bit_of_averages_and_weights(dtype: torch.dtype, m
     found = []
     for evaluates in (False, True):
         params = parameters(dtype)
-        weights = MasterWeights(params, Adam(0.9, 0.95, 1e-8, 0.01, True, masters=masters), 0.0, False)
+        weights = make_masters(params, Adam(0.9, 0.95, 1e-8, 0.01, True, masters=masters), 0.0, False)
         ema = Ema(params, weights.named_masters(), 0.999)
         for _ in range(20):
             weights.backward(sum((p.float() - 1).square().mean() for p in params.values()))

@@ -17,7 +17,7 @@ from cogvideox import loop
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.errors import UsageError
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, check_state, make_engine
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -57,7 +57,7 @@ def engine_of(seed: int, dtype: torch.dtype, writes: bool = True) -> tuple[Local
     model = torch.nn.Linear(4, 16).to(dtype)
     flags = options_of(Path("x")).optimizer
     make = partial(make_optimizer, flags)
-    masters = MasterWeights(dict(model.named_parameters()), make, 1.0, dynamic_scale=dtype == torch.float16)
+    masters = make_masters(dict(model.named_parameters()), make, 1.0, dynamic_scale=dtype == torch.float16)
     return LocalEngine(model, masters, writes), model
 
 

@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from cogvideox.config import args
+from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import SftOptions
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.engine import STATE_NAME, LocalEngine, ShardedEngine
+from cogvideox.optimizer.rule import make_masters, rule_of
 from cogvideox.optimizer.shard_files import own_or_raise
 from cogvideox.optimizer.sharded_weights import ShardedWeights
-from cogvideox.optimizer.step import MasterWeights, make_optimizer, rule_of
 
 
 def options_of(model: Path, *more: object) -> SftOptions:
@@ -28,7 +29,7 @@ def options_of(model: Path, *more: object) -> SftOptions:
 def engine_of(options: SftOptions, refers: bool, seed: int) -> tuple[LocalEngine, FullFinetune]:
     """Returns an engine that has made two steps with random gradients."""
     method = FullFinetune(load_transformer(options.model, torch.bfloat16), options)
-    masters = MasterWeights(method.parameters(), rule_of(options.optimizer), 1.0, dynamic_scale=False)
+    masters = make_masters(method.parameters(), rule_of(options.optimizer), 1.0, dynamic_scale=False)
     engine = LocalEngine(method.transformer, masters, writes=True, refers=refers)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):

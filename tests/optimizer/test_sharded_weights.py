@@ -23,9 +23,11 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, ShardedEngine
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.optimizer.shard_files import own_or_raise
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, gathered_modules, is_sharded
-from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights, RankNumbers
+from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers
 
 pytestmark = pytest.mark.usefixtures("process_group")
 MAKE = partial(make_optimizer, OptimizerFlags(optimizer="adamw", weight_decay=0.01))
@@ -56,7 +58,7 @@ def loss_of(model: Module, step: int, size: float = 1.0) -> Tensor:
 
 
 def masters(model: Module, norm: float = 0.0, scaled: bool = False) -> MasterWeights:
-    return MasterWeights(dict(model.named_parameters()), MAKE, norm, scaled)
+    return make_masters(dict(model.named_parameters()), MAKE, norm, scaled)
 
 
 def shards(model: Module, norm: float = 0.0, scaled: bool = False) -> ShardedWeights:

@@ -18,7 +18,7 @@ from sizes_of_5b import LORA, SFT
 from torch import Tensor
 
 from cogvideox.memory.streaming import STAGES, TRANSFER_SLOTS, HostGradients, HostStore
-from cogvideox.optimizer.adam_weights import RANGE_BYTES
+from cogvideox.optimizer.adam_groups import RANGE_BYTES
 from cogvideox.planning.choice import AS_FAST, choose_plan, compile_seconds, mixture, mixtures
 from cogvideox.planning.costs import ENDS_UNITS, EXCHANGED_UNITS, Costs, Kinds
 from cogvideox.planning.plan import (

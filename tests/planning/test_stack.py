@@ -28,7 +28,7 @@ from cogvideox.memory.streaming import HostGradients, Layout, TrainedBlocks
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.adam import Adam
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.planning import stack as stack_module
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import (
@@ -522,7 +522,7 @@ def steps_of(
     stack = installed(transformer, plans)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     on_host = plans is not RESIDENT
-    masters = MasterWeights(parameters, adam, 0.1, False, on_host, stack.trained_blocks, accumulation)
+    masters = make_masters(parameters, adam, 0.1, False, on_host, stack.trained_blocks, accumulation)
     found: dict[str, Tensor] = {}
     for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
         arguments = {
@@ -551,7 +551,7 @@ def resident_steps_of(made: Callable[..., Any], accumulation: int) -> dict[str, 
 def pass_in_ranges(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
     """Makes transfers of state so small that a block takes several: two with a LoRA, else more than there are slots."""
     numbers = 3000 if made is make_with_lora else 12000
-    monkeypatch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * numbers)
+    monkeypatch.setattr("cogvideox.optimizer.adam_groups.RANGE_BYTES", 12 * numbers)
 
 
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])
@@ -786,7 +786,7 @@ def wholly_trained(
     """Returns all weights and master weights after some steps of AdamW with clipping."""
     transformer, stack = wide(plans, compiled, "flash", whole=True)
     parameters = dict(transformer.named_parameters())
-    masters = MasterWeights(
+    masters = make_masters(
         parameters, ADAM, 0.01, False, plans is not RESIDENT, stack.trained_blocks, passes=accumulation
     )
     if delays:

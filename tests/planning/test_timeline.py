@@ -20,7 +20,8 @@ from tiny_transformers import arguments_of, make_trainable, make_with_lora
 
 from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.ema import Ema
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.planning.choice import mixture
 from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import AUTO, DEVICE, GIB, HOST, BlockPlan, ExecutionPlan, Machine, Sizes
@@ -64,13 +65,13 @@ def engine_of(
     patch: pytest.MonkeyPatch, made: Callable[..., Any], kinds: Kinds, state: str, passes: int
 ) -> tuple[Any, Stack, MasterWeights]:
     """Returns a tiny transformer, whose state passes in small ranges, the stack of its blocks, and its optimizer."""
-    patch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", RANGE)
+    patch.setattr("cogvideox.optimizer.adam_groups.RANGE_BYTES", RANGE)
     transformer = made("5b", depth=BLOCKS).bfloat16()
     stack = Stack(transformer, ExecutionPlan(mixture(kinds), False, "cpu", state), torch.device("cpu"))
     stack.install()
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     adam = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
-    return transformer, stack, MasterWeights(parameters, adam, 0.1, False, state == HOST, stack.trained_blocks, passes)
+    return transformer, stack, make_masters(parameters, adam, 0.1, False, state == HOST, stack.trained_blocks, passes)
 
 
 def make_step(transformer: Any, masters: MasterWeights, passes: int) -> None:

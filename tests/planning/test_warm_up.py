@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from cogvideox import loop
 from cogvideox.config.buckets import Bucket
 from cogvideox.errors import UsageError
-from cogvideox.optimizer.master_weights import Resident
+from cogvideox.optimizer.resident_weights import Resident
 from cogvideox.planning import warm_up
 from cogvideox.planning.plan import ModulePlan
 from cogvideox.planning.warm_up import has_no_bound, largest_batch

@@ -31,7 +31,7 @@ from cogvideox.memory.streaming import aligned
 from cogvideox.optimizer.adam import join, split
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import lower_bits
-from cogvideox.optimizer.step import MasterWeights, rule_of
+from cogvideox.optimizer.rule import make_masters, rule_of
 from cogvideox.runtime import background, checkpoint
 from cogvideox.runtime.background import Reserve, Snapshot, Writing
 from cogvideox.runtime.best import BestCheckpoint
@@ -503,7 +503,7 @@ def test_the_size_of_the_copy_is_predicted(flags: tuple[str, ...], size: float, 
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     predicted = copy_bytes(options, parameter.numel(), parameter.dtype, torch.device("cpu"))
     assert predicted / parameter.numel() == pytest.approx(size, abs=0.01)
-    masters = MasterWeights({"p": parameter}, rule_of(options.optimizer), 1.0, dynamic_scale=False)
+    masters = make_masters({"p": parameter}, rule_of(options.optimizer), 1.0, dynamic_scale=False)
     snapshot = Snapshot(shares=not options.loss.use_ema)
     snapshot.add(Path("state"), masters.pieces(), {})
     if options.loss.use_ema:
@@ -532,7 +532,7 @@ def test_a_partial_copy_takes_no_more_memory_than_its_room(
     options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), Path("o"), *flags), ())
     parameters = {f"p{i}": torch.nn.Parameter(torch.randn(64, 128).to(getattr(torch, dtype))) for i in range(32)}
     one = parameters["p0"]
-    masters = MasterWeights(parameters, rule_of(options.optimizer), 1.0, dynamic_scale=False)
+    masters = make_masters(parameters, rule_of(options.optimizer), 1.0, dynamic_scale=False)
     masters.backward(sum(p.float().square().sum() for p in parameters.values()))
     masters.step(0.1)
     last, first = ({n: p for n, p in parameters.items() if (n > "p2") == late} for late in (True, False))

@@ -39,7 +39,7 @@ from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.errors import NonFiniteError
 from cogvideox.finite import not_finite
 from cogvideox.optimizer import engine
-from cogvideox.optimizer.step import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.runtime.run import METRICS_NAME
 from cogvideox.runtime.skipped import SkippedSteps
 
@@ -89,7 +89,7 @@ def test_an_overflow_that_lowers_the_loss_scale_is_not_counted(
 ) -> None:
     """The scale falls from 2 ** 16 to 1 in 16 steps. The next eight, which no scale can prevent, end the run."""
     params = {"w": Parameter(torch.ones(16, dtype=torch.float16))}
-    engine = MasterWeights(params, lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), 1.0, dynamic_scale=True)
+    engine = make_masters(params, lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), 1.0, dynamic_scale=True)
     run = run_alone(tmp_path)
     run.precision = "fp16"
     steps = SkippedSteps(run, 0)

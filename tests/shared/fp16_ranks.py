@@ -18,8 +18,9 @@ from torch.nn import Linear, Module, Sequential
 
 from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.optimizer.sharded_weights import ShardedWeights
-from cogvideox.optimizer.step import MasterWeights
 from cogvideox.planning.sharded import sharding_mesh
 
 MAKE = partial(make_optimizer, OptimizerFlags(optimizer="adamw"))
@@ -66,7 +67,7 @@ def train(model: Module, weights: MasterWeights | ShardedWeights) -> list[list[f
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     one, other = model_of(), sharded(int(sys.argv[1]))
-    copies = train(one, MasterWeights(dict(one.named_parameters()), MAKE, 1.0, True))
+    copies = train(one, make_masters(dict(one.named_parameters()), MAKE, 1.0, True))
     shards = train(other, ShardedWeights(other, MAKE, 1.0, True, CPU))
     Path(sys.argv[2], f"{dist.get_rank()}.json").write_text(json.dumps([copies, shards]))
     dist.destroy_process_group()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import step as step_module
+from cogvideox.optimizer import adam_weights
 
 
 class Freed(AssertionError):
@@ -126,5 +126,5 @@ def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
     draw = random.Random(seed)
     monkeypatch.setattr(LateSideStream, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
     monkeypatch.setattr(streaming, "SideStream", LateSideStream)
-    for module in (streaming, step_module):
+    for module in (streaming, adam_weights):
         monkeypatch.setattr(module, "compute_waits_for", reach)

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from fp16_ranks import CPU, MAKE
 from torch.nn import Module
 
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.rule import make_masters
 from cogvideox.optimizer.sharded_weights import ShardedWeights
-from cogvideox.optimizer.step import MasterWeights, RankNumbers, StepResult
+from cogvideox.optimizer.step import RankNumbers, StepResult
 
 
 def own_numbers(step: int) -> RankNumbers:
@@ -49,7 +51,7 @@ if __name__ == "__main__":
 
     dist.all_reduce = counted
     one, other = fp16_ranks.model_of(), fp16_ranks.sharded(1)
-    copies = train(one, MasterWeights(dict(one.named_parameters()), MAKE, 1.0, False))
+    copies = train(one, make_masters(dict(one.named_parameters()), MAKE, 1.0, False))
     shards = train(other, ShardedWeights(other, MAKE, 1.0, False, CPU))
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps([copies, shards]))
     dist.destroy_process_group()

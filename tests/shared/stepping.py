@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from cogvideox.optimizer.step import MasterWeights, StepResult
+from cogvideox.optimizer.master_weights import MasterWeights
+from cogvideox.optimizer.step import StepResult
 
 ADAM_CLASSES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}  # by --optimizer
 SHAPES: dict[str, tuple[int, ...]] = {"down": (64, 64), "up": (6, 8), "bias": (16,)}

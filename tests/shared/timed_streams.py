@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import adam_weights
-from cogvideox.optimizer import step as step_module
+from cogvideox.optimizer import adam_groups, adam_weights
 from cogvideox.planning import stack as stack_module
 
 LATENCY = 1e-12  # seconds from an event to the work that waits for it; so this work is not ready at once
@@ -191,13 +190,13 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
         finalize(buffer.untyped_storage(), clock.freed, num_bytes)
         return buffer
 
-    for module in (streaming, stack_module, adam_weights):
+    for module in (streaming, stack_module, adam_groups):
         patch.setattr(module, "host_buffer", host_buffer)
     patch.setattr(TimedStream, "clock", clock, raising=False)
     patch.setattr(streaming, "SideStream", TimedStream)
     patch.setattr(streaming, "compute_event", lambda _: clock.compute.record())
     patch.setattr(streaming, "host_waits_for", lambda _: None)
-    for module in (streaming, step_module):
+    for module in (streaming, adam_weights):
         patch.setattr(module, "compute_waits_for", clock.compute.wait)
     yield clock
 

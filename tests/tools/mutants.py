@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant("model/sequence.py", " * ctx.division.size, None", ", None", ("test_sequence.py", "-k", "one_process")),
     # the optimizer step
     Mutant(
-        "optimizer/step.py",
+        "optimizer/master_weights.py",
         "total.div_(self.numbers.world)",
         "pass",
         ("test_step.py", "-k", "ranks_with_the"),

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import adam_weights
-from cogvideox.optimizer import step as step_module
+from cogvideox.optimizer import adam_groups, adam_weights
 from cogvideox.planning import stack
 
 Event = dict[int, int]  # a vector clock: for each stream, the time up to which its work is known to be done
@@ -172,11 +171,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "SideStream", SideStream)
-        for module in (streaming, adam_weights, stack):
+        for module in (streaming, adam_groups, stack):
             patch.setattr(module, "host_buffer", streams.host_buffer)
         patch.setattr(streaming, "compute_event", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)
-        for module in (streaming, step_module):
+        for module in (streaming, adam_weights):
             patch.setattr(module, "compute_waits_for", lambda event: streams.wait(COMPUTE, event))
         with streams:
             yield streams

@@ -50,7 +50,7 @@ from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import make_engine
-from cogvideox.optimizer.step import learning_rate, rate_jump, warm_up_note
+from cogvideox.optimizer.schedule import learning_rate, rate_jump, warm_up_note
 from cogvideox.planning.block_check import check_blocks
 from cogvideox.planning.dry_run import dry_run
 from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, make_plan, measured_line

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cogvideox.optimizer.adam_weights import Masters
-from cogvideox.optimizer.master_weights import for_file
+from cogvideox.optimizer.adam_groups import Masters
+from cogvideox.optimizer.state_tensors import for_file
 
 STEPS_NAME = "steps"  # the name of the step counter among the saved tensors
 AVERAGE = "average"  # the names of the other saved tensors are AVERAGE/PARAMETER

@@ -23,10 +23,12 @@ from cogvideox.memory.streaming import TrainedBlocks
 from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.optimizer.adam import LOW, MASTER, WEIGHT, join
 from cogvideox.optimizer.ema import AVERAGE, STEPS_NAME, Ema
+from cogvideox.optimizer.master_weights import MasterWeights
 from cogvideox.optimizer.model_files import write_model
+from cogvideox.optimizer.rule import make_masters, rule_of
 from cogvideox.optimizer.shard_files import GatherOrRaise, Shard, own_or_raise, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
-from cogvideox.optimizer.step import UNMEASURED, MasterWeights, RankNumbers, StepResult, rule_of
+from cogvideox.optimizer.step import UNMEASURED, RankNumbers, StepResult
 from cogvideox.optimizer.zero_weights import ZeroWeights
 from cogvideox.tensor_files import Piece, Pieces, ReadPieces, WriteTensors, pieces_of, shapes_in, write_tensors
 
@@ -414,7 +416,7 @@ def make_engine(
         return ShardedEngine(transformer, sharded, accelerator.is_main_process, gather_or_raise, dtype, ema)
     passes, norm = options.train.gradient_accumulation_steps, options.train.max_grad_norm
     rule = rule_of(options.optimizer)
-    masters = MasterWeights(parameters, rule, norm, scaled, state_on_host, trained_blocks, passes)
+    masters = make_masters(parameters, rule, norm, scaled, state_on_host, trained_blocks, passes)
     ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
     refers = isinstance(method, FullFinetune) and ema is None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema, refers)

@@ -1,240 +1,156 @@
-"""fp32 master weights with an optimizer of torch or another library, on the device, one tensor per parameter.
+"""fp32 master weights of a model of which each process has all weights, for any optimizer.
 
 The model holds its trained parameters in the compute type, such as bf16. Most updates are smaller than the rounding
 error of bf16, so each parameter has a master weight in fp32, which the optimizer updates and which is then rounded into
-the parameter. adam_weights.py does the same for Adam, in less memory.
+the parameter. Each backward pass adds the gradients to arrays of the subclass. A step averages these over the ranks,
+clips them, skips the step if a gradient is not finite, and updates the masters, all on the device.
 
-The functions at the end read and write the state of any optimizer as plain tensors by name, for checkpoints.
+``AdamWeights`` (adam_weights.py) and ``ResidentWeights`` (resident_weights.py, any other optimizer) say how masters are
+stored and updated. sharded_weights.py and zero_weights.py are their counterparts where processes have parts of weights.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cogvideox.memory.streaming import Layout
-from cogvideox.optimizer.adam import EXAMPLE, MASTER
-
-MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
-
-
-class Optimized:
-    """Joins master weights with their optimizer.
-
-    The state of a fused optimizer is created in the constructor, that of any other at the first step.
-    """
-
-    def __init__(self, masters: list[Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
-        """Makes the optimizer.
-
-        Args:
-            masters: The fp32 master weights.
-            gradients: One fp32 gradient per master; their values do not matter.
-            make: Makes the optimizer for the masters.
-        """
-        self.masters, self.optimizer = masters, make(masters)
-        self.fused = is_fused(self.optimizer)
-        if self.fused:
-            # A skipped step creates the moments, filled with zeros, and changes nothing.
-            one = torch.ones((), device=masters[0].device)
-            self.update(gradients, 0.0, divisor=one, skipped=one)
-
-    def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """Makes one optimizer step on the master weights.
-
-        Args:
-            gradients: One fp32 gradient per master.
-            divisor: Scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
-            skipped: Scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
-                caller divides and skips.
-        """
-        if self.fused:
-            # The fused kernel reads these attributes of the optimizer, as torch.amp.GradScaler sets them.
-            vars(self.optimizer).update(grad_scale=divisor, found_inf=skipped)
-        set_rate(self.optimizer, lr)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+from cogvideox.memory.streaming import norms_of
+from cogvideox.optimizer.state_tensors import for_file
+from cogvideox.optimizer.step import UNMEASURED, LossScale, RankNumbers, StepNumbers, StepResult, skip_and_clip
+from cogvideox.tensor_files import Piece
 
 
-class Resident(Optimized):
-    """Keeps master weights on the device, one tensor per parameter. An fp32 parameter is its own master.
+class MasterWeights(ABC):
+    """Trains parameters through fp32 master weights.
 
     Args:
-        parameters: The trained parameters by name.
-        gradients: One fp32 gradient per parameter, in the same order; all are zero at this point.
-        make: Makes the optimizer for the masters.
+        parameters: The trained parameters by name, in any float type. Each holds its master, rounded to this type.
+        device: Where gradients are averaged and clipped.
+        max_grad_norm: Gradients with a larger norm are scaled down to it; 0 disables clipping.
+        dynamic_scale: Whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
     """
 
-    def __init__(self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
-        self.parameters = parameters
-        own = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in parameters.values()]
-        super().__init__(own, gradients, make)
-        self.make = make
+    def __init__(
+        self, parameters: dict[str, Parameter], device: torch.device, max_grad_norm: float, dynamic_scale: bool
+    ) -> None:
+        self.parameters, self.device, self.max_grad_norm = parameters, device, max_grad_norm
+        self.scale = LossScale(dynamic_scale, device)
+        self.numbers = StepNumbers(device)
+        self.gradients: dict[str, Tensor] = {}  # on the device, by the names of their parameters
+        self.used = False  # whether a step has used the gradients, so that the next backward pass clears them
 
-    def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """Makes one step as ``Optimized.update`` does, then rounds the masters into the parameters."""
-        super().update(gradients, lr, divisor, skipped)
-        self._round()
-
-    @torch.no_grad()
-    def _round(self) -> None:
-        for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
-
-    def missing_bytes(self) -> int:
-        """Returns how many bytes of state the optimizer will allocate at its first step."""
-        if self.optimizer.state:
-            return 0
-        kept = measured_state_bytes(self.make, self.masters[0].device)
-        return kept * sum(master.numel() for master in self.masters)
-
-    def named_masters(self) -> dict[str, Tensor]:
-        """Returns the master weights by the names of their parameters."""
-        return dict(zip(self.parameters, self.masters, strict=True))
-
-    def state(self) -> dict[str, Tensor]:
-        """Returns the masters and the optimizer's state as plain tensors named ``key/parameter``."""
-        tensors = {}
-        for name, master in self.named_masters().items():
-            tensors[f"{MASTER}/{name}"] = master.detach()
-            for key, tensor in plain_tensors(self.optimizer.state[master]):
-                tensors[f"{key}/{name}"] = tensor
-        return tensors
-
-    @torch.no_grad()
-    def load_state(self, saved: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
-        """Restores what ``state`` returned.
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """Adds what backward passes compute to these gradients from now on.
 
         Args:
-            saved: For each parameter its tensors by key, as ``by_parameter`` groups them.
-            numbers: Settings and counters of the parameter group, as ``group_numbers`` returns them.
+            gradients: Views of the arrays that ``collected`` returns, by the names of their parameters.
         """
-        self.optimizer.param_groups[0].update(numbers)
-        for name, master in self.named_masters().items():
-            master.copy_(saved[name].pop(MASTER))
-            overwrite(self.optimizer.state[master], saved[name], master.device)
-        self._round()
+        self.gradients = gradients
+        for name, gradient in gradients.items():
+            self.parameters[name].register_post_accumulate_grad_hook(self._collector(gradient))
 
+    @staticmethod
+    def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient.add_(parameter.grad)
+            parameter.grad = None
 
-def layout_of(parameters: dict[str, Parameter]) -> Layout:
-    """Returns a layout with one fp32 element per parameter element."""
-    return Layout([torch.empty_like(p, dtype=torch.float32, device="meta") for p in parameters.values()])
+        return collect
 
+    # -- the step ------------------------------------------------------------------------------------------------------
 
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether the optimizer divides gradients and skips a step on the device, as torch's fused Adam does.
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this micro-batch's share of the step's mean loss."""
+        self.finish_updates()
+        if self.used:
+            self.clear_gradients()
+        self.numbers.loss += loss.detach()
+        (loss * self.scale.value).backward()
 
-    torch's SGD claims this too, but leaves its momentum undefined if the first step is skipped, so it does not count.
-    """
-    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    # torch.amp.GradScaler reads the same attribute.
-    return adam and getattr(optimizer, "_step_supports_amp_scaling", False)
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult:
+        """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
+        if self.numbers.connected:
+            for total in self.collected():
+                dist.all_reduce(total)
+                total.div_(self.numbers.world)
+        reduced = self.numbers.reduce(own)
+        # Summed per parameter, in their order, so that placement does not change a bit of it.
+        norms = self.norms()
+        norm = torch.stack([norms[name] for name in self.parameters]).norm() / self.scale.value
+        skipped, clip = skip_and_clip(norm, self.max_grad_norm)
+        self.update(lr, divisor=clip * self.scale.value, skipped=skipped)
+        result = StepResult.of(reduced, norm, skipped, self.scale.value)
+        self.drop()
+        self.scale.adapt(skipped)
+        return result
 
+    def drop(self) -> None:
+        """Drops gradients and losses that no step has used. Updates may still read them until the next ``backward``."""
+        self.numbers.loss.zero_()
+        self.used = True
 
-# -- the state of any optimizer ----------------------------------------------------------------------------------------
+    def clear_gradients(self) -> None:
+        """Fills the gradients with zeros."""
+        for gradients in self.collected():
+            gradients.zero_()
+        self.used = False
 
+    def norms(self) -> dict[str, Tensor]:
+        """Returns the norm of each parameter's gradient by its name."""
+        return dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
 
-def example_state(make: MakeOptimizer, device: torch.device) -> dict[str, Tensor]:
-    """Returns the optimizer's state by name, without its master, after one step on a parameter of EXAMPLE elements."""
-    parameter = Parameter(torch.ones(EXAMPLE // 1024, 1024, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = make([parameter])
-    optimizer.step()
-    return dict(plain_tensors(optimizer.state[parameter]))
+    @abstractmethod
+    def collected(self) -> Sequence[Tensor]:
+        """Returns the arrays of gradients on the device, which ranks sum."""
 
+    @abstractmethod
+    def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+        """Updates the masters, and rounds them into the parameters.
 
-def measured_state_bytes(make: MakeOptimizer, device: torch.device) -> int:
-    """Returns the bytes of the optimizer's state per trained element, without its master."""
-    kept = sum(tensor.nbytes for tensor in example_state(make, device).values())
-    # Subtracting 0.1 leaves out tables and counters, whose size does not depend on that of the parameter.
-    return math.ceil(kept / EXAMPLE - 0.1)
+        Args:
+            lr: The learning rate.
+            divisor: Scalar on the device by which gradients are divided (loss scale times clipping).
+            skipped: Scalar on the device; where it is 1, nothing changes.
+        """
 
+    @abstractmethod
+    def finish_updates(self) -> None:
+        """Orders later compute after all updates."""
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step.
+    @abstractmethod
+    def wait(self) -> None:
+        """Waits until masters and parameters can be read and written on the host."""
 
-    torchao's optimizers keep the rate in a tensor that their compiled step reads, so it is filled in place.
-    """
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    def room_for_state(self) -> Tensor:
+        """Allocates as much device memory as the first step will for the optimizer's state; empty if it exists."""
+        return torch.empty(0, dtype=torch.uint8, device=self.device)
 
+    # -- masters and files ---------------------------------------------------------------------------------------------
 
-def group_numbers(optimizer: torch.optim.Optimizer) -> dict[str, bool | int | float]:
-    """Returns the numbers of the parameter group except the rate: settings, and state such as prodigy's step size."""
-    group = optimizer.param_groups[0]
-    return {key: value for key, value in group.items() if isinstance(value, (bool, int, float)) and key != "lr"}
+    @abstractmethod
+    def named_masters(self) -> Mapping[str, Tensor]:
+        """Returns the masters by the names of their parameters. Call ``wait`` before reading masters on the host."""
 
+    @abstractmethod
+    def pieces(self) -> dict[str, Piece]:
+        """Returns the tensors of ``state`` as pieces of a file, to be read one after another before the next step."""
 
-def as_tensor(value: Tensor | bool | int | float) -> Tensor:
-    """Returns a number as a tensor without loss of precision; floats become fp64."""
-    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
+    @abstractmethod
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what ``state`` returned, even if its masters were stored on another device."""
 
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """Returns what a resumed run needs, as plain tensors by name: masters, optimizer state and loss scale.
 
-def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yields an optimizer's state of one parameter as plain tensors by name.
+        Args:
+            copy: See ``for_file``.
+        """
+        return for_file(self.tensors(), copy)
 
-    A number becomes a scalar tensor. A quantized tensor is yielded in its parts, named ``key.part``.
-    """
-    for key, value in values.items():
-        if is_traceable_wrapper_subclass(value):
-            yield from ((f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
-        elif value is not None:
-            yield key, as_tensor(value)
-
-
-def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """Returns the tensors on the CPU, contiguous and without shared memory, as safetensors needs them.
-
-    Args:
-        tensors: Tensors by name, on any device.
-        copy: Whether tensors that are on the CPU already are copied. Without copies the result must be written before
-            the next step, but takes no additional memory, which may be most of the host's.
-    """
-    found: dict[str, Tensor] = {}
-    addresses: set[int] = set()
-    for name, tensor in tensors.items():
-        on_cpu = tensor.cpu().contiguous()
-        found[name] = on_cpu.clone() if copy or on_cpu.data_ptr() in addresses else on_cpu
-        addresses.add(on_cpu.data_ptr())
-    return found
-
-
-def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Groups tensors named ``key/parameter`` by parameter, and returns for each its tensors by key."""
-    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition("/")
-        grouped[name][key] = tensor
-    return grouped
-
-
-def overwrite(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Writes tensors that ``plain_tensors`` yielded back into an optimizer's state of one parameter.
-
-    Args:
-        values: The state to overwrite. Quantized tensors must exist in it already, so the optimizer must have stepped.
-        tensors: The tensors by name.
-        device: Where tensors that the state does not have yet are created.
-    """
-    for name, tensor in tensors.items():
-        key, _, part = name.partition(".")
-        value = values.get(key)
-        if part:
-            getattr(value, part).copy_(tensor)
-        elif isinstance(value, Tensor) and value.shape == tensor.shape:
-            value.copy_(tensor)
-        elif isinstance(value, (bool, int, float)):
-            values[key] = type(value)(tensor.item())
-        else:
-            values[key] = tensor.to(device, copy=True)
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of ``state`` on their own devices; masters that are put together are new."""
+        return {name: piece.read() for name, piece in self.pieces().items()}

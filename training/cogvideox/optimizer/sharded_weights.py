@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
-from cogvideox.optimizer.master_weights import MakeOptimizer, Resident, by_parameter, group_numbers
+from cogvideox.optimizer.resident_weights import MakeOptimizer, Resident, group_numbers
 from cogvideox.optimizer.shard_files import Shard
+from cogvideox.optimizer.state_tensors import by_parameter
 from cogvideox.optimizer.step import UNMEASURED, LossScale, RankNumbers, StepNumbers, StepResult, skip_and_clip
 
 

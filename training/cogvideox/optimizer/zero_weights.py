@@ -27,7 +27,8 @@ from cogvideox.config.deepspeed import ZERO_BUCKET, offload_device, sums_gradien
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import TrainOptions, launched_processes
-from cogvideox.optimizer.master_weights import MASTER, MakeOptimizer, Optimized
+from cogvideox.optimizer.adam import MASTER
+from cogvideox.optimizer.resident_weights import MakeOptimizer, Optimized
 from cogvideox.optimizer.shard_files import Shard
 from cogvideox.optimizer.step import (
     GOOD_STEPS,

@@ -26,7 +26,7 @@ import numpy as np
 
 from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
 from cogvideox.memory.streaming import IN_FLIGHT, STAGES, TRANSFER_SLOTS, WEIGHT_SLOTS
-from cogvideox.optimizer.adam_weights import RANGE_BYTES
+from cogvideox.optimizer.adam_groups import RANGE_BYTES
 from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
 
 WEIGHTS, SAVED, GRADIENTS, STATE, AVERAGE = "weights", "saved", "gradients", "state", "average"

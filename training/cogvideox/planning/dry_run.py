@@ -52,7 +52,7 @@ from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import DTYPES, has_weights, ignore_learned_positions, on_this_machine, stored_dtype
 from cogvideox.model.tasks import Task
-from cogvideox.optimizer.step import warm_up_note
+from cogvideox.optimizer.schedule import warm_up_note
 from cogvideox.planning.choice import step_seconds
 from cogvideox.planning.execution import (
     allowed_bytes,

@@ -50,7 +50,8 @@ from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import free_device_bytes
 from cogvideox.model.sequence import SequenceGroup, to_heads
 from cogvideox.optimizer.adam import Adam
-from cogvideox.optimizer.step import gradients_are_sums, rule_of, state_bytes
+from cogvideox.optimizer.adam_weights import gradients_are_sums
+from cogvideox.optimizer.rule import rule_of, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
@@ -219,7 +220,7 @@ def sizes_from_options(
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
     passes = options.train.gradient_accumulation_steps
     rule = rule_of(options.optimizer)
-    device_gradients = 4 if gradients_are_sums(rule, passes, run.world) else sizes.item_bytes
+    sums = not isinstance(rule, Adam) or gradients_are_sums(passes, run.world)
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
     follows = isinstance(rule, Adam) and rule.weight_is_master(run.dtype)
     parallel = options.plan.sequence_parallel
@@ -231,7 +232,7 @@ def sizes_from_options(
         ranks=ranks_here(),
         tokens=-(-sizes.tokens // parallel),
         sequence_parallel=parallel,
-        device_gradient_bytes=device_gradients,
+        device_gradient_bytes=4 if sums else sizes.item_bytes,
         passes=passes,
         processes=run.world,
     )

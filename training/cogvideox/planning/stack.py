@@ -183,7 +183,7 @@ class Stack(BlockRunner):
 
         All blocks share one layout, on the host and on the device, because on a CPU the rounding of a matrix product
         depends on the alignment of its factors. Padding is zero, because moments of 8 bits have scales in common with
-        it (optimizer/adam_weights.py).
+        it (optimizer/adam_groups.py).
 
         Args:
             transformer: The transformer.

@@ -30,7 +30,7 @@ import numpy as np
 
 from cogvideox.config.cards import NVLINK_4
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
-from cogvideox.optimizer.adam_weights import RANGE_BYTES
+from cogvideox.optimizer.adam_groups import RANGE_BYTES
 from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Numbers
 from cogvideox.planning.plan import HOST, Machine, Sizes
 

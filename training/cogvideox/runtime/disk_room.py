@@ -18,8 +18,8 @@ from cogvideox.config.options import LoraOptions, SftOptions, TrainOptions
 from cogvideox.errors import DiskError, plural
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
+from cogvideox.optimizer.rule import bytes_before_masters, state_bytes
 from cogvideox.optimizer.shard_files import Shard, write_shards
-from cogvideox.optimizer.step import bytes_before_masters, state_bytes
 from cogvideox.tensor_files import pieces_of, write_tensors
 
 if TYPE_CHECKING:
