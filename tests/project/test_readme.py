@@ -363,6 +363,9 @@ def test_plans_of_the_readme_are_what_was_measured() -> None:
     rows = [f"5b-r128-{plan}" for plan in ("fast", "24gb", "12gb", "8gb", "lean")]
     rows += [f"5b-sft-{plan}" for plan in ("80gb", "24gb-8bit", "lean-8bit")]
     assert shown == [(f"{seconds:.2f}", f"{gib:.1f}") for seconds, gib, _ in map(bench_row, rows)]
+    results = [json.loads(bench.path_of(RESULTS, row).read_text()) for row in rows]
+    assert "The rows were measured on one H200." in section
+    assert {result["device"] for result in results} == {"NVIDIA H200"}
 
 
 def test_table_of_bench_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
