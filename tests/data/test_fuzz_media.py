@@ -2,10 +2,13 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import fuzz_media
+import numpy as np
 import pytest
-from fuzz_media import BASES, MUTATIONS, Judge, Mutant, mutants
+from fuzz_media import BASES, MUTATIONS, Judge, Mutant, mutants, read, wrong_frames
+from numbered import sequential, shown
 
 
 @pytest.mark.fault("data: media files damaged at random", times=4 * len(BASES))
@@ -62,3 +65,25 @@ def test_undamaged_files_give_their_frames(tmp_path: Path) -> None:
             assert judge(Mutant(path, name, "none")) == ("frames as they were", "")
     finally:
         judge.close()
+
+
+def test_frames_that_a_decoder_leaves_unwritten_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = Mutant(tmp_path / "a.mp4", "h264.mp4", "none")
+    mutant.path.write_bytes(BASES[mutant.base]())
+    _, _, outcome = read(mutant)
+    assert outcome is not None
+    assert outcome.frames_FHWC is not None
+    time = shown(mutant.path)[outcome.indices[0]]
+
+    def with_an_unwritten_row(*args: Any, new_memory: bool, **kwargs: Any) -> list[tuple[int | None, np.ndarray]]:
+        decoded = sequential(*args, new_memory=new_memory, **kwargs)
+        for pts, frame_HWC in decoded:
+            if pts == time:
+                frame_HWC[0] = 0 if new_memory else 100
+        return decoded
+
+    monkeypatch.setattr(fuzz_media, "sequential", with_an_unwritten_row)
+    outcome.frames_FHWC[:2] = 50
+    assert wrong_frames(mutant, outcome) == [outcome.indices[1]]

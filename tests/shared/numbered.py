@@ -175,7 +175,15 @@ def differ(frame_HWC: np.ndarray, other_HWC: np.ndarray) -> bool:
 
 
 def sequential(
-    path: Path, height: int, width: int, start: int = 0, limit: int = 2000, stream: int = 0, *, on_black: bool = False
+    path: Path,
+    height: int,
+    width: int,
+    start: int = 0,
+    limit: int = 2000,
+    stream: int = 0,
+    *,
+    on_black: bool = False,
+    new_memory: bool = False,
 ) -> list[tuple[int | None, np.ndarray]]:
     """Decodes a video from start to end, without an index and without seeking.
 
@@ -189,19 +197,23 @@ def sequential(
         limit: Number of frames after which decoding ends.
         stream: Position of the stream among the video streams.
         on_black: Whether frames with alpha are composited on black.
+        new_memory: Whether the decoder gets new memory for each frame. Otherwise it uses the memory of earlier frames
+            again, which shows where it writes no pixels.
 
     Returns:
         (timestamp, upright uint8 RGB) of each frame, in the order in which they are decoded.
     """
     pairs: list[tuple[int | None, np.ndarray]] = []
+    kept: list[av.VideoFrame] = []
     with av.open(os.path.abspath(path), **ANY_METADATA) as container:
         video = container.streams.video[stream]
         video.codec_context.thread_count = 1
         for packet in itertools.islice(container.demux(video), start, None):
             try:
+                frames = packet.decode()
+                kept += frames if new_memory else ()
                 pairs += [
-                    (frame.pts, resized(composited(frame) if on_black else frame, height, width))
-                    for frame in packet.decode()
+                    (frame.pts, resized(composited(frame) if on_black else frame, height, width)) for frame in frames
                 ]
             except av.FFmpegError:
                 continue
