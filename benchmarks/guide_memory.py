@@ -43,7 +43,7 @@ from record import device_and_versions, put_into, write_result
 from torch import nn
 
 from cogvideox.host_memory import free_host_bytes
-from cogvideox.memory import streaming
+from cogvideox.memory import buffers
 from cogvideox.planning import execution
 from cogvideox.planning.plan import CONTEXT
 
@@ -304,11 +304,11 @@ class ReusedMappings:
     def lent(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """Calls a function that chooses a plan and allocates host memory."""
         original = execution.free_host_bytes
-        streaming.mmap, execution.free_host_bytes = self, self.free_host_bytes  # type: ignore[assignment]
+        buffers.mmap, execution.free_host_bytes = self, self.free_host_bytes  # type: ignore[assignment]
         try:
             return run(*arguments)
         finally:
-            streaming.mmap, execution.free_host_bytes = mmap, original
+            buffers.mmap, execution.free_host_bytes = mmap, original
 
     def next_row(self) -> None:
         """Frees what the last row did not use."""

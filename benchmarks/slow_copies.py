@@ -17,7 +17,7 @@ import torch
 from profiling import IN, OUT
 from torch import Tensor
 
-from cogvideox.memory.streaming import pinned
+from cogvideox.memory.buffers import pinned
 from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
 
 GB = 10**9

@@ -13,7 +13,8 @@ import stream_races
 import torch
 
 from cogvideox.memory import streaming
-from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS, HostStore, Layout, Ring, pinned
+from cogvideox.memory.buffers import Layout, pinned
+from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS, HostStore, Ring
 
 CPU = torch.device("cpu")
 

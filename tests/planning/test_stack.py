@@ -22,9 +22,10 @@ from tiny_transformers import TARGETS, arguments_of, make_trainable, make_with_l
 from torch import Tensor
 
 from cogvideox.memory import streaming
+from cogvideox.memory.buffers import Layout
 from cogvideox.memory.graphs import MAX_GRAPHS
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import HostGradients, Layout, TrainedBlocks
+from cogvideox.memory.streaming import HostGradients, TrainedBlocks
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.adam import Adam

@@ -18,7 +18,7 @@ from record import put_into
 from tiny_benchmarks import shrink_models
 
 from cogvideox.host_memory import free_host_bytes
-from cogvideox.memory import streaming
+from cogvideox.memory import buffers
 from cogvideox.planning import execution
 
 CPU = torch.device("cpu")
@@ -190,14 +190,14 @@ def test_estimates_are_finite() -> None:
 
 def test_host_memory_of_a_row_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     mappings = guide_memory.ReusedMappings()
-    monkeypatch.setattr(streaming, "mmap", mappings)
-    first, other = streaming.host_buffer(10_000).fill_(7), streaming.host_buffer(10_000)
+    monkeypatch.setattr(buffers, "mmap", mappings)
+    first, other = buffers.host_buffer(10_000).fill_(7), buffers.host_buffer(10_000)
     address = first.data_ptr()
     assert other.data_ptr() != address
     others = list(mappings._mappings)  # only tensors count, whatever else refers to the memory
     del first
     mappings.next_row()
-    again, larger = streaming.host_buffer(9_500), streaming.host_buffer(20_000)
+    again, larger = buffers.host_buffer(9_500), buffers.host_buffer(20_000)
     assert again.data_ptr() == address
     assert again.shape == (9_500,)
     assert not again.any()
@@ -221,7 +221,7 @@ def test_memory_of_earlier_rows_counts_as_free_and_yields_to_new_memory(monkeypa
     mappings = guide_memory.ReusedMappings()
 
     def allocate(size: int) -> dict[str, Any]:
-        return {"free": execution.free_host_bytes(), "buffer": streaming.host_buffer(size)}
+        return {"free": execution.free_host_bytes(), "buffer": buffers.host_buffer(size)}
 
     def sizes() -> list[int]:
         return [len(mapping) for mapping in mappings._mappings]

@@ -15,7 +15,7 @@ from tiny_benchmarks import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox.memory.streaming import pinned
+from cogvideox.memory.buffers import pinned
 from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
 
 CPU = torch.device("cpu")

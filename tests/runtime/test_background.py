@@ -27,7 +27,7 @@ from cogvideox import tensor_files
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import DiskError, NonFiniteError
-from cogvideox.memory.streaming import aligned
+from cogvideox.memory.buffers import aligned
 from cogvideox.optimizer.adam import join, split
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import lower_bits

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cogvideox.memory import streaming
+from cogvideox.memory import buffers, streaming
 from cogvideox.optimizer import adam_groups, adam_weights
 from cogvideox.planning import stack as stack_module
 
@@ -181,7 +181,7 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
         rate: Bytes per second of copies in one direction.
     """
     clock = Clock(rate)
-    make = streaming.host_buffer
+    make = buffers.host_buffer
 
     def host_buffer(num_bytes: int) -> Tensor:
         buffer = make(num_bytes)
@@ -190,7 +190,7 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
         finalize(buffer.untyped_storage(), clock.freed, num_bytes)
         return buffer
 
-    for module in (streaming, stack_module, adam_groups):
+    for module in (buffers, stack_module, adam_groups):
         patch.setattr(module, "host_buffer", host_buffer)
     patch.setattr(TimedStream, "clock", clock, raising=False)
     patch.setattr(streaming, "SideStream", TimedStream)

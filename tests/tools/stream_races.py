@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox.memory import streaming
+from cogvideox.memory import buffers, streaming
 from cogvideox.optimizer import adam_groups, adam_weights
 from cogvideox.planning import stack
 
@@ -171,7 +171,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "SideStream", SideStream)
-        for module in (streaming, adam_groups, stack):
+        for module in (buffers, adam_groups, stack):
             patch.setattr(module, "host_buffer", streams.host_buffer)
         patch.setattr(streaming, "compute_event", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)

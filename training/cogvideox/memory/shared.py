@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from cogvideox.memory.streaming import ADVICE, pin
+from cogvideox.memory.buffers import ADVICE, pin
 
 NAME = "cogvideox-weights"
 

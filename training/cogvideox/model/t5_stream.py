@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideox.memory.streaming import Layout, Ring, host_buffer, pin
+from cogvideox.memory.buffers import Layout, host_buffer, pin
+from cogvideox.memory.streaming import Ring
 
 BATCHES_PER_PASS = 32  # batches per copy of the weights; a batch of one caption takes 2 MB between blocks
 SLOTS = 2  # one is in use while the other is filled

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, host_buffer, pin
+from cogvideox.memory.buffers import ALIGNMENT, Layout, host_buffer, pin
+from cogvideox.memory.streaming import Slice, Transfer
 from cogvideox.optimizer.adam import (
     FIRST,
     GROUP,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.memory.streaming import Layout
+from cogvideox.memory.buffers import Layout
 from cogvideox.optimizer.adam import EXAMPLE, MASTER
 from cogvideox.optimizer.master_weights import MasterWeights
 from cogvideox.optimizer.state_tensors import as_tensor, by_parameter, overwrite, plain_tensors

@@ -27,7 +27,7 @@ from cogvideox.data.shared_memory import SHM_FOLDER, free_shared_memory
 from cogvideox.errors import UsageError, one_line, plural, public_urls
 from cogvideox.files import nearest_folder
 from cogvideox.host_memory import free_host_bytes
-from cogvideox.memory.streaming import pinned
+from cogvideox.memory.buffers import pinned
 from cogvideox.model.attention import choose_backend
 from cogvideox.model.models import load_tokenizer, stored_dtype, weight_files
 from cogvideox.model.rope import RotaryTables

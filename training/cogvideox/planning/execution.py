@@ -42,9 +42,10 @@ from cogvideox.config.options import (
 )
 from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.host_memory import free_host_bytes
+from cogvideox.memory.buffers import pinned
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_for, pinned
+from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_for
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import free_device_bytes

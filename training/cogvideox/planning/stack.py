@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from cogvideox.memory.buffers import Layout, fill, host_buffer, pin
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors, share_buffers
-from cogvideox.memory.streaming import HostStore, Layout, Ring, TrainedBlocks, fill, host_buffer, pin
+from cogvideox.memory.streaming import HostStore, Ring, TrainedBlocks
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout

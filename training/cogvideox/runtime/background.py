@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cogvideox.finite import not_finite
-from cogvideox.memory.streaming import aligned, fill, host_buffer
+from cogvideox.memory.buffers import aligned, fill, host_buffer
 from cogvideox.tensor_files import Piece, Pieces, ReadPieces, file_order, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
