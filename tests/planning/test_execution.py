@@ -197,6 +197,19 @@ def test_weights_are_not_shared_with_other_machines(model: Path, tensors: Path, 
         assert "streamed weights" not in finish(rank)
 
 
+@pytest.mark.parametrize(("local_ranks", "here"), [([0, 1, 0, 1], 2), ([0, 1, 2, 3], 4), ([0, 1, 2, 0], None)])
+def test_the_ranks_of_a_machine_are_found_by_their_local_ranks(
+    local_ranks: list[int], here: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher need not say how many processes are on each machine, nor start as many on all of them."""
+    firsts = [rank - local for rank, local in enumerate(local_ranks)]
+    for rank, local in enumerate(local_ranks):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        ranks: Any = SimpleNamespace(process_index=rank, gather=lambda _: firsts)
+        found = execution.neighbors_of(ranks)
+        assert (found and (found.first, found.number, found.own)) == (here and (firsts[rank], here, rank))
+
+
 def test_image_to_video(tiny: Tiny, image_tensors: Path, image: Path, tmp_path: Path, plans: list[Any]) -> None:
     more = ["--validation_prompt", PROMPT, "--validation_images", image, "--max_train_steps", 2]
     output = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "run", *LEAN, *more, script=train_image)
@@ -290,10 +303,13 @@ def test_gradient_checkpointing_keeps_attention_outputs_at_most(
     assert {block.keep for block in plans[1].blocks} == {"attention"}
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_processes_share_host_memory_but_not_device_memory(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variable", "ranks"), [("LOCAL_WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 4), ("WORLD_SIZE", 4)])
+def test_processes_share_host_memory_but_not_device_memory(
+    variable: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that does not say how many processes are on this machine may have started all of them here."""
     free, available = 50 * GIB, 10 * GIB
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv(variable, str(ranks))
     monkeypatch.setattr(execution, "free_device_bytes", lambda device: float(free))
     monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
     monkeypatch.setattr(execution, "free_host_bytes", lambda: available)

@@ -419,7 +419,7 @@ def launched_processes() -> int:
 
 
 def local_processes() -> int:
-    """Returns the number of processes of this run on this machine, as the launcher reports it."""
+    """Returns the number of processes of this run on this machine; all of them, if the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
 
 

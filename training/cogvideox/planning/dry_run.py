@@ -36,6 +36,7 @@ from cogvideox.config.options import (
     ignores_positions,
     image_flags,
     launched_processes,
+    local_processes,
     noise_variants,
     precision_of,
     samples_per_step,
@@ -64,7 +65,6 @@ from cogvideox.planning.execution import (
     limit_device_memory,
     measure_machine,
     no_plan_reason,
-    ranks_here,
     sharded_sizes,
     shards_of,
     sizes_from_options,
@@ -447,7 +447,7 @@ def machine_of_card(options: TrainOptions, name: str) -> tuple[Machine, str]:
         raise UsageError(f"--attention_backend {wanted}: {rule}; give one of them, or leave the flag out")
     gib = card.gib if budget is None else min(card.gib, budget)
     rates = card.matmul, *card.attention[known[0]], card.memory, card.copies, BOTH_WAYS * card.copies, card.exchange
-    return Machine(int(FRAGMENTS * allowed_bytes(gib)), free_host_bytes() // ranks_here(), *rates), known[0]
+    return Machine(int(FRAGMENTS * allowed_bytes(gib)), free_host_bytes() // local_processes(), *rates), known[0]
 
 
 # -- what would make it fit --------------------------------------------------------------------------------------------

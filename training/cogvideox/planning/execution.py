@@ -36,6 +36,7 @@ from cogvideox.config.options import (
     asked_of_plan,
     copies_and_shards,
     fsdp_offloads,
+    local_processes,
     under_deepspeed,
     under_fsdp,
     wanted_places,
@@ -230,7 +231,7 @@ def sizes_from_options(
         average_bytes=averages,
         average_follows_weight=follows,
         state_bytes=state_bytes(options.optimizer, run.dtype, device),
-        ranks=ranks_here(),
+        ranks=local_processes(),
         tokens=-(-sizes.tokens // parallel),
         sequence_parallel=parallel,
         device_gradient_bytes=4 if sums else sizes.item_bytes,
@@ -402,7 +403,7 @@ def measure_machine(
         budget: The value of --vram_budget in GiB, or None.
     """
     # All processes of this host measure before any of them pins memory, so each may use an equal share.
-    host = free_host_bytes() // ranks_here()
+    host = free_host_bytes() // local_processes()
     fits = free_device_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
@@ -412,7 +413,7 @@ def measure_machine(
 
 def host_share(gib: float) -> int:
     """Returns the bytes of this process's share of host memory that all processes of this host use together."""
-    return int(gib * plan.GIB) // ranks_here()
+    return int(gib * plan.GIB) // local_processes()
 
 
 def measure_all_ranks(run: Run, backend: str, sizes: Sizes, flags: PlanFlags) -> Machine:
@@ -442,18 +443,13 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, flags: PlanFlags) ->
     return replace(machine, exchange=min(run.ranks.gather([rate])))
 
 
-def ranks_here() -> int:
-    """Returns how many processes of this run are on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def neighbors_of(ranks: Ranks) -> Neighbors | None:
     """Returns the ranks of this machine, or None on all ranks if one is alone on its machine."""
-    counts = ranks.gather([ranks_here()])
-    if len(counts) == 1 or min(counts) == 1:
+    firsts = ranks.gather([ranks.process_index - int(os.environ.get("LOCAL_RANK", "0"))])
+    if any(firsts.count(first) == 1 for first in firsts):
         return None
-    first = ranks.process_index - int(os.environ["LOCAL_RANK"])
-    return Neighbors(first, ranks_here(), ranks.process_index, ranks.gather)
+    first = firsts[ranks.process_index]
+    return Neighbors(first, firsts.count(first), ranks.process_index, ranks.gather)
 
 
 def minimum_over_ranks(machines: list[Machine]) -> Machine:
