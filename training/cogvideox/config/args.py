@@ -398,7 +398,7 @@ def parse(
     options, found = as_prepared(options, sources, read_value)
     problems.extend(found)
     options = derive_video_size(options, sources)
-    if not problems and os.environ.get("RANK", "0") == "0":
+    if not problems and stopping.speaks():
         for remark in remarks(options, sources):
             print(remark, file=sys.stderr)
     if options.script.print_config and not problems:
@@ -493,7 +493,7 @@ def exit_status(
             raise
         problems = (problem,)
     except NonFiniteError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if stopping.speaks():
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return NON_FINITE_EXIT
     number = sum(not text.startswith(" ") for text in problems)  # an indented line belongs to the one before

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from cogvideox import stopping
 from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS, damaged_files, download_fix, downloading, missing_files
@@ -351,7 +351,7 @@ def try_to_optimize_encoder(vae: Any) -> None:
     try:
         vae_encoder.optimize_encoder(vae)
     except Exception as error:
-        if os.environ.get("RANK", "0") == "0":
+        if stopping.speaks():
             tqdm.write(f"the VAE uses the encoder of diffusers, which is slower: {first_line(error)}", file=sys.stderr)
 
 

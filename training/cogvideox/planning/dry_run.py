@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import BOTH_WAYS, CARDS
 from cogvideox.config.conflicts import check_launcher
@@ -152,7 +153,7 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
         UsageError: There is no GPU and none was named, the data or the output folder cannot be used, the run has passed
             its last step, or its checkpoint was made with other settings or data.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not stopping.speaks():
         return 0
     if options.forecast.gpu is None and not torch.cuda.is_available():
         raise UsageError("--dry_run: this machine has no GPU; name a card, such as --gpu rtx4090")
