@@ -15,6 +15,7 @@ from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
     asked_of_plan,
+    dynamo_backend,
     host_flags,
     launched_processes,
     precision_of,
@@ -167,7 +168,7 @@ def zero_problems(options: TrainOptions) -> Iterator[str]:
             "zero_stage 3: divides all weights between the processes, and a LoRA trains few; launch with "
             "accelerate_configs/uncompiled_2.yaml, and see --plan for less memory"
         )
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    backend = dynamo_backend()
     if stage == "3" and backend != "no":
         yield f"dynamo_backend {backend}: blocks cannot be compiled with zero_stage 3; set dynamo_backend to no"
     for what in OFFLOADED:

@@ -423,6 +423,16 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
 
 
+def asked_for_cpu() -> bool:
+    """Returns whether the configuration of accelerate is for CPUs."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def dynamo_backend() -> str:
+    """Returns what accelerate's configuration wants blocks to be compiled with, or "no"."""
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+
+
 def under_deepspeed() -> bool:
     """Returns whether the configuration of accelerate selects DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"

@@ -10,7 +10,6 @@ the ones that the run itself prints.
 """
 
 import dataclasses
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from cogvideox.config.lora_file import check_lora
 from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
+    dynamo_backend,
     ignores_positions,
     image_flags,
     launched_processes,
@@ -158,7 +158,7 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
     if options.forecast.gpu is None and not torch.cuda.is_available():
         raise UsageError("--dry_run: this machine has no GPU; name a card, such as --gpu rtx4090")
     geometry = read_geometry(options.model)
-    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    compiled = dynamo_backend() != "no"
     dtype = PRECISIONS[precision_of(options.train.mixed_precision)]
     stored = stored_type(options, geometry)
     run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled, stored)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cogvideox import stopping
-from cogvideox.config.options import LEFT_OVER, launched_processes
+from cogvideox.config.options import LEFT_OVER, asked_for_cpu, launched_processes
 from cogvideox.errors import LostRankError, UsageError, first_line, first_of
 from cogvideox.files import temporary_of
 from cogvideox.model.sequence import make_sequence_group
@@ -103,7 +103,7 @@ def unconnected(patience: float) -> "Ranks":
         )
     )
     device = torch.device("cpu")
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+    if torch.cuda.is_available() and not asked_for_cpu():
         device = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show a task its own GPU only
         torch.cuda.set_device(device)
     state: Any = SimpleNamespace(

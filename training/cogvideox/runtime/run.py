@@ -30,6 +30,8 @@ from cogvideox.config.flags import TrainFlags
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import (
     TrainOptions,
+    asked_for_cpu,
+    dynamo_backend,
     launched_processes,
     local_processes,
     precision_of,
@@ -147,7 +149,7 @@ def start_run(options: TrainOptions) -> Run:
     accelerator = make_accelerator(options)
     use_cores(accelerator.device)
     output_dir = Path(options.train.output_dir)
-    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    compiled = dynamo_backend() != "no"
     ranks = Ranks(accelerator.state, options.train.nccl_timeout, sequence_parallel=options.plan.sequence_parallel)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
@@ -192,14 +194,13 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
 
     world = launched_processes()
     deepspeed = under_deepspeed()
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # ``accelerate launch`` sets it.
-    if launched and not asked_for_cpu and not torch.cuda.is_available():
+    if launched and not asked_for_cpu() and not torch.cuda.is_available():
         raise UsageError(
             "accelerate launch: its configuration is for GPUs and torch sees none; fix the driver or the torch build, "
             "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true with this one"
         )
-    on_cpu = asked_for_cpu or not torch.cuda.is_available()
+    on_cpu = asked_for_cpu() or not torch.cuda.is_available()
     # With it, accelerate divides the processes itself, and refuses a CPU and copies without a dp_shard_size.
     os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
     handlers = []
