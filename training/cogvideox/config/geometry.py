@@ -379,7 +379,7 @@ def check_model(options: TrainOptions) -> Iterator[str]:
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
     yield from channel_problems(options, geometry)
-    yield from check_sizes(options, geometry)
+    yield from geometry_problems(options, geometry)
     if isinstance(options, ImageOptions):
         yield from position_problems(options, geometry)
 
@@ -388,7 +388,7 @@ def check_preparation(options: PrepareOptions) -> Iterator[str]:
     """Yields problems of the model and the sizes of prepare_dataset.py, which accepts every CogVideoX model."""
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("vae", "text_encoder"))
-    yield from check_sizes(options, geometry)
+    yield from geometry_problems(options, geometry)
 
 
 def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
@@ -493,10 +493,10 @@ def all_sizes(options: AnyOptions, listed: list[tuple[str, str, int]]) -> list[t
     return listed + [(name, kind, value) for name, kind, value in more if value and (kind, value) not in known]
 
 
-def check_sizes(options: AnyOptions, geometry: Geometry) -> Iterator[str]:
-    """Yields problems of the buckets, the size of validation videos, timesteps, text length and --model_name."""
+def geometry_problems(options: AnyOptions, geometry: Geometry) -> Iterator[str]:
+    """Yields flags that the configs contradict: sizes, timesteps, --max_sequence_length and --model_name."""
     if isinstance(options, TrainOptions):
-        yield from check_timesteps(options, geometry)
+        yield from timestep_problems(options, geometry)
     for name, kind, value in all_sizes(options, listed_sizes(options)):
         problem = geometry.problem(kind, value)
         if problem:
@@ -512,7 +512,7 @@ def check_sizes(options: AnyOptions, geometry: Geometry) -> Iterator[str]:
         yield f"--model_name {named}: by its config the model is {'1.5' if patched else '1.0'}; leave the flag out"
 
 
-def check_timesteps(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
+def timestep_problems(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
     """Yields problems of the range of timesteps, whose number is in the config of the scheduler."""
     last = int(geometry.schedule["num_train_timesteps"]) - 1
     for name in ("min_timestep", "max_timestep"):
