@@ -242,7 +242,7 @@ def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
         found["revision"] = "the model is a folder"
     if isinstance(options, PrepareOptions | TrainOptions):
         yield from longer_buckets(options.data)
-        if not draws_at_random(options.data):
+        if (options.data.num_augmentations or 1) > 1 and not draws_at_random(options.data):
             rule = "all variants of a clip are equal; give --video_reshape_mode random, --frame_selection random"
             found["num_augmentations"] = f"{rule} or --random_flip"
     if isinstance(options, CaptionOptions) and options.caption.endpoint is None:
@@ -279,8 +279,7 @@ def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str
 
 def draws_at_random(data: DataFlags) -> bool:
     """Returns whether variants of a clip may differ."""
-    chosen = "random" in (data.video_reshape_mode, data.frame_selection)
-    return chosen or data.random_flip not in (None, 0.0, 1.0) or (data.num_augmentations or 1) == 1
+    return "random" in (data.video_reshape_mode, data.frame_selection) or data.random_flip not in (None, 0.0, 1.0)
 
 
 def longer_buckets(data: DataFlags) -> Iterator[str]:
