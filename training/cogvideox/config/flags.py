@@ -117,9 +117,8 @@ def flag(
             ask for no training at all.
     """
     limits = {"least": least, "most": most, "below": below}
-    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret, "idle": idle}
-    kinds["refused"] = refused
-    metadata = {"help": help, "aliases": aliases} | kinds | limits
+    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret}
+    metadata = {"help": help, "aliases": aliases, "idle": idle, "refused": refused} | kinds | limits
     return field(default=default, metadata=metadata, repr=not secret)
 
 
