@@ -18,9 +18,9 @@ from cogvideox.config.buckets import Bucket, frame_problem, size_problem
 from cogvideox.config.flags import FullFlags, ModelFlags
 from cogvideox.config.hub import REFUSALS, failures, http_status, reason
 from cogvideox.config.options import (
-    AnyOptions,
     ImageOptions,
     PrepareOptions,
+    SampleOptions,
     TrainOptions,
     reads_clips,
     resolution,
@@ -467,7 +467,7 @@ def position_problems(options: ImageOptions, geometry: Geometry) -> Iterator[str
         yield f"{name} {' '.join(values)}: {rule}, or --ignore_learned_positional_embeddings"
 
 
-def listed_sizes(options: AnyOptions) -> list[tuple[str, str, int]]:
+def listed_sizes(options: SampleOptions) -> list[tuple[str, str, int]]:
     """Returns (flag, kind, value) of each number in the flags that list buckets. The kinds are those of ``problem``."""
     data = options.data
     sizes = [
@@ -482,7 +482,7 @@ def listed_sizes(options: AnyOptions) -> list[tuple[str, str, int]]:
     return sizes
 
 
-def all_sizes(options: AnyOptions, listed: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+def all_sizes(options: SampleOptions, listed: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
     """Returns the listed sizes, followed by those of validation videos that are not among them."""
     if not isinstance(options, TrainOptions):
         return listed
@@ -493,7 +493,7 @@ def all_sizes(options: AnyOptions, listed: list[tuple[str, str, int]]) -> list[t
     return listed + [(name, kind, value) for name, kind, value in more if value and (kind, value) not in known]
 
 
-def geometry_problems(options: AnyOptions, geometry: Geometry) -> Iterator[str]:
+def geometry_problems(options: SampleOptions, geometry: Geometry) -> Iterator[str]:
     """Yields flags that the configs contradict: sizes, timesteps, --max_sequence_length and --model_name."""
     if isinstance(options, TrainOptions):
         yield from timestep_problems(options, geometry)

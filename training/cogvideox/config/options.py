@@ -159,9 +159,9 @@ SCRIPTS: dict[str, type] = {
     "cogvideox_image_to_video_lora.py": ImageLoraOptions,
     "cogvideox_image_to_video_sft.py": ImageSftOptions,
 }
-AnyOptions = PrepareOptions | TrainOptions
+SampleOptions = PrepareOptions | TrainOptions  # of the scripts that encode clips or train on them
 ImageOptions = ImageLoraOptions | ImageSftOptions
-ScriptOptions = AnyOptions | SceneOptions | CaptionOptions | DoctorOptions
+ScriptOptions = SampleOptions | SceneOptions | CaptionOptions | DoctorOptions
 Options = TypeVar("Options", bound=ScriptOptions)
 
 
@@ -276,7 +276,7 @@ def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
 
 
-def image_flags(options: AnyOptions) -> ImageFlags | None:
+def image_flags(options: SampleOptions) -> ImageFlags | None:
     """Returns the flags of an image-to-video script, or None for other scripts."""
     flags: ImageFlags | None = getattr(options, "image", None)
     return flags
@@ -288,7 +288,7 @@ def noise_variants(options: TrainOptions) -> int:
     return flags.num_image_noise_variants if flags is not None else 0
 
 
-def ignores_positions(options: AnyOptions) -> bool:
+def ignores_positions(options: SampleOptions) -> bool:
     """Returns whether a model is trained without its learned position embeddings."""
     flags = image_flags(options)
     return flags is not None and flags.ignore_learned_positional_embeddings
@@ -304,17 +304,17 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-def reads_clips(options: AnyOptions) -> bool:
+def reads_clips(options: SampleOptions) -> bool:
     """Returns whether a script opens media files, which it does not with --load_tensors."""
     return not isinstance(options, TrainOptions) or not options.loader.load_tensors
 
 
-def tensor_folder(options: AnyOptions) -> Path:
+def tensor_folder(options: SampleOptions) -> Path:
     """Returns the folder into which a script that reads clips prepares them."""
     return Path(options.prepare.output_dir if isinstance(options, PrepareOptions) else str(options.loader.tensor_cache))
 
 
-def needs_captions(options: AnyOptions) -> bool:
+def needs_captions(options: SampleOptions) -> bool:
     """Returns whether captions are used, which they are not when prepare_dataset.py only inspects a data set."""
     return not isinstance(options, PrepareOptions) or not (options.prepare.dry_run or options.prepare.suggest_buckets)
 

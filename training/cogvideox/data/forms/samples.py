@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from cogvideox.config.flags import TENSOR_INDEX, DataFlags
-from cogvideox.config.options import AnyOptions, needs_captions, reads_clips, tensor_folder
+from cogvideox.config.options import SampleOptions, needs_captions, reads_clips, tensor_folder
 from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
@@ -113,7 +113,7 @@ def check_no_missing_images(samples: Sequence[Sample]) -> None:
         raise UsageError(problems.lines())
 
 
-def check_data_roots(options: AnyOptions) -> Iterator[str]:
+def check_data_roots(options: SampleOptions) -> Iterator[str]:
     """Yields the problems of --data_root and --validation_data_root, for args.parse.
 
     The clips are kept for ``take_listing``, so that folders are read only once.

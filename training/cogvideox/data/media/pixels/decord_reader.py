@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cogvideox.config.options import AnyOptions, reads_clips
+from cogvideox.config.options import SampleOptions, reads_clips
 from cogvideox.data.media.faults import VideoError, errors_naming
 from cogvideox.data.media.frames import VideoInfo
 from cogvideox.errors import plural
@@ -25,7 +25,7 @@ VERSION = "0.6.0"
 _OTHER = "use --video_reader pyav"
 
 
-def check_reader(options: AnyOptions) -> Iterator[str]:
+def check_reader(options: SampleOptions) -> Iterator[str]:
     """Yields the problems of --video_reader, for args.parse."""
     problem = reader_problem(options.data.video_reader) if reads_clips(options) else None
     if problem:
