@@ -1,8 +1,9 @@
 """Combines groups of flags into the options of each script, and derives values from them.
 
-``SCRIPTS`` maps each script to its options, a dataclass with one field per group of flags.py. ``derive`` fills in the
-values that follow from other flags. The functions below it compute what several modules need to know about options,
-such as whether clips are read. This module needs only the standard library.
+The options of a script are a dataclass with one field per group of flags.py. ``SCRIPTS`` has those of the scripts that
+may be given each other's flags. ``derive`` fills in the values that follow from other flags. The functions below it
+compute what several modules need to know about options, such as whether clips are read. This module needs only the
+standard library.
 """
 
 import dataclasses
