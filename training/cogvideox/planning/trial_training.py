@@ -20,10 +20,11 @@ from cogvideox.config.geometry import Geometry, read_geometry
 from cogvideox.data.media.pixels.decode import write_video
 from cogvideox.errors import UsageError
 from cogvideox.runtime.metrics import column, read_records
+from cogvideox.runtime.run import PRECISIONS
 
-SCRIPTS = Path(__file__).parents[2]
-EMBEDDED_MODEL = SCRIPTS.parent / "examples" / "model"
-PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SCRIPT_FOLDER = Path(__file__).parents[2]
+EMBEDDED_MODEL = SCRIPT_FOLDER.parent / "examples" / "model"
+PRECISION_OF = {dtype: precision for precision, dtype in PRECISIONS.items()}
 SHOWN = ("plan: ", "reloaded in ", "run by diffusers ")  # starts of lines that the page repeats
 STEPS = 2
 SQUARE = 16  # pixels in a row of one color: noise of single pixels would make a large file
@@ -53,7 +54,7 @@ def try_training(model: ModelFlags, folder: Path, dtype: torch.dtype) -> Iterato
         write_clip(clips, geometry.own_bucket, geometry.default_fps)
         given = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
         flags = [part for flag, value in given.items() if value for part in (f"--{flag}", value)]
-        command = command_of(geometry, name, clips, run, PRECISIONS[dtype])
+        command = command_of(geometry, name, clips, run, PRECISION_OF[dtype])
         ended = subprocess.run([*command, *flags], stdout=PIPE, stderr=STDOUT, text=True, errors="replace", check=False)
         lines = [line for line in ended.stdout.splitlines() if line.strip()]
         if ended.returncode:
@@ -75,7 +76,7 @@ def write_clip(folder: Path, bucket: Bucket, fps: float) -> None:
 
 def command_of(geometry: Geometry, model: str, clips: Path, run: Path, precision: str) -> list[str]:
     """Returns the command of a short run of the LoRA script for the task of a model."""
-    script = SCRIPTS / f"cogvideox_{'image' if geometry.image_to_video else 'text'}_to_video_lora.py"
+    script = SCRIPT_FOLDER / f"cogvideox_{'image' if geometry.image_to_video else 'text'}_to_video_lora.py"
     flags = {
         "pretrained_model_name_or_path": model,
         "data_root": str(clips),
