@@ -56,11 +56,13 @@ def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: i
 
 def clips_by_caption(clips: Iterable[tuple[Sample, str]]) -> dict[str, list[str]]:
     """Returns the ids of the clips with each caption; only the first of identical clips counts."""
-    captioned = [(sample, content) for sample, content in reversed(list(clips)) if sample.caption]
-    first = {(sample.caption, content, sample.section): sample.id for sample, content in captioned}
     found: dict[str, list[str]] = {}
-    for (caption, *_), sample_id in reversed(first.items()):
-        found.setdefault(caption, []).append(sample_id)
+    seen = set()
+    for sample, content in clips:
+        clip = (sample.caption, content, sample.section)
+        if sample.caption and clip not in seen:
+            found.setdefault(sample.caption, []).append(sample.id)
+        seen.add(clip)
     return found
 
 
