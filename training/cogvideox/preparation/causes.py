@@ -16,6 +16,7 @@ from cogvideox.data.clips import bad_line
 from cogvideox.data.forms.columns import EXAMPLES
 from cogvideox.data.recipe import list_buckets
 from cogvideox.data.records import FAILED, KILLED, SHORT, SMALL, UNREADABLE, ClipRecord
+from cogvideox.data.used import Records
 from cogvideox.errors import plural
 from cogvideox.preparation.proposals import Clip, Proposal, legal_frames, propose
 
@@ -27,8 +28,6 @@ WORDS = {
     KILLED: "given up because decoding took too long or too much memory",
 }
 NO_CLIP: Clip = (0, 1, 1)
-
-Records = Sequence[ClipRecord]
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,24 @@ class Cause:
         return more_upscaling(clips, data) if self.status == SMALL else None
 
 
-def causes_of(records: Records) -> list[Cause]:
-    """Returns the causes why clips cannot be used, the most frequent first."""
+def causes_by_status(records: Records) -> dict[str, list[Cause]]:
+    """Returns, by status, the causes why clips cannot be used, the most frequent first."""
     found: dict[tuple[str, str], list[ClipRecord]] = {}
     for record in records:
         if not record.usable:
             reason = record.reason.replace(record.path, "")
             found.setdefault((record.status, re.sub(r"\d+(\.\d+)?", "0", reason)), []).append(record)
-    causes = [Cause(status, grouped) for (status, _), grouped in found.items()]
-    return sorted(causes, key=lambda cause: -len(cause.records))
+    causes: dict[str, list[Cause]] = {}
+    for (status, _), grouped in sorted(found.items(), key=lambda item: -len(item[1])):
+        causes.setdefault(status, []).append(Cause(status, grouped))
+    return causes
 
 
 def cause_lines(records: Records, data: DataFlags, geometry: Geometry) -> Iterator[str]:
     """Yields the lines that say why clips cannot be used: each kind with its number, its causes indented under it."""
-    causes = causes_of(records)
-    for status in dict.fromkeys(cause.status for cause in causes):
-        of_kind = [cause for cause in causes if cause.status == status]
-        yield f"{sum(len(cause.records) for cause in of_kind)} {WORDS[status]}:"
-        yield from (f"  {line}" for cause in of_kind for line in cause.lines(data, geometry))
+    for status, causes in causes_by_status(records).items():
+        yield f"{sum(len(cause.records) for cause in causes)} {WORDS[status]}:"
+        yield from (f"  {line}" for cause in causes for line in cause.lines(data, geometry))
 
 
 def clip_of(record: ClipRecord) -> Clip:

@@ -20,7 +20,7 @@ from cogvideox.data.records import ClipRecord
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used
 from cogvideox.errors import UsageError, one_line, plural
 from cogvideox.files import REPORT_NAME, write_atomically
-from cogvideox.preparation.causes import WORDS, causes_of
+from cogvideox.preparation.causes import WORDS, causes_by_status
 from cogvideox.preparation.pictures import Pictures, sheet_picks
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.runtime.metrics import is_finite
@@ -211,11 +211,9 @@ class DataPage:
         pairs = zip(reversed(self.preparation.samples), reversed(self.records), strict=True)
         # An image that cannot be used is named itself. Scenes have one path, but a record each.
         names = {record.request: sample.id if record.path == sample.video else record.path for sample, record in pairs}
-        causes = causes_of(self.records)
-        for status in dict.fromkeys(cause.status for cause in causes):
-            of_kind = [cause for cause in causes if cause.status == status]
-            fixes = (cause.fix(self.preparation.data, self.preparation.geometry) for cause in of_kind)
-            rows = [dropped_row(record, names[record.request]) for cause in of_kind for record in cause.records]
+        for status, causes in causes_by_status(self.records).items():
+            fixes = (cause.fix(self.preparation.data, self.preparation.geometry) for cause in causes)
+            rows = [dropped_row(record, names[record.request]) for cause in causes for record in cause.records]
             yield f"<h3>{len(rows)} {WORDS[status]}</h3>"
             yield from (f"<p>{escape(fix)}</p>" for fix in fixes if fix is not None)
             yield table(("clip", "file", "reason"), rows[:MAX_DROPPED])
