@@ -119,10 +119,9 @@ def plan_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None)
 
     def plan(record: ClipRecord, info: VideoInfo) -> ClipRecord:
         planned = plan_cuts(record, info, recipe.within(section, info), section)
-        # The other sections of the file may be long enough.
-        return (
-            replace(planned, reason=f"{section}: {planned.reason}") if section and planned.status == SHORT else planned
-        )
+        if section and planned.status == SHORT:  # the other sections of the file may be long enough
+            return replace(planned, reason=f"{section}: {planned.reason}")
+        return planned
 
     return _probe_and_plan(path, recipe.request(path, section), plan)
 
@@ -132,13 +131,11 @@ def measure_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = No
 
     This is faster than ``plan_clip`` because the content is not hashed. A bad file never raises an error.
     """
-    return _probe_and_plan(
-        path,
-        "",
-        lambda record, info: replace(
-            record, status=OK, available=frames_at_recipe_rate(info, recipe.within(section, info))
-        ),
-    )
+
+    def plan(record: ClipRecord, info: VideoInfo) -> ClipRecord:
+        return replace(record, status=OK, available=frames_at_recipe_rate(info, recipe.within(section, info)))
+
+    return _probe_and_plan(path, "", plan)
 
 
 def frames_at_recipe_rate(info: VideoInfo, recipe: ClipRecipe) -> int:
