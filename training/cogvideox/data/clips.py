@@ -253,7 +253,7 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, clip: tupl
     indices = frame_indices(
         info.times,
         bucket.frames,
-        recipe.fps or 1.0,
+        recipe.fps,
         recipe.frame_selection,
         recipe.skip_frames_start,
         recipe.skip_frames_end,
