@@ -55,10 +55,7 @@ class Uncaptioned:
     @property
     def name(self) -> str:
         """The path of the video, followed by the section if there is one, for messages."""
-        if self.section is None:
-            return self.video
-        end = "the end" if self.section.end is None else f"{self.section.end:g} s"
-        return f"{self.video} from {self.section.start:g} s to {end}"
+        return self.video if self.section is None else f"{self.video} {self.section}"
 
     def write(self, caption: str) -> None:
         """Writes the caption as one line, now or within SECONDS_BETWEEN_WRITES of other captions."""
