@@ -12,12 +12,16 @@ import pytest
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CacheIndex
+from cogvideox.data.media.workers import Job, Workers
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.runtime.ranks import alone
 
 
-class InlineWorkers:
+class InlineWorkers(Workers):
     """Runs jobs in this process, in place of worker processes that take half a second each to start."""
+
+    def __init__(self) -> None:
+        pass
 
     def __enter__(self) -> InlineWorkers:
         return self
@@ -25,7 +29,7 @@ class InlineWorkers:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def run(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Any]:
         for function, *arguments in jobs:
             yield function(*arguments)
 

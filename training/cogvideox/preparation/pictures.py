@@ -47,11 +47,10 @@ class Pictures:
         wanted = {self.strip(clip): clip for clip in clips}
         for old in set((self.folder / STRIPS_FOLDER).glob("*.jpg")) - set(wanted):
             old.unlink(missing_ok=True)
-        todo = [(path, clip) for path, clip in wanted.items() if not path.is_file()]
-        videos = (self.preparation.samples[clip.place].video for _, clip in todo)
-        jobs = ((draw_strip, video, shown(clip)) for video, (_, clip) in zip(videos, todo, strict=True))
-        results = self.preparation.in_workers(jobs, len(todo), "drawing")
-        for (path, _), picture in zip(todo, results, strict=True):
+        todo = {path: clip for path, clip in wanted.items() if not path.is_file()}
+        videos = {path: self.preparation.samples[clip.place].video for path, clip in todo.items()}
+        jobs = ((path, (draw_strip, videos[path], shown(clip))) for path, clip in todo.items())
+        for path, picture in self.preparation.in_workers(jobs, len(todo), "drawing"):
             if isinstance(picture, bytes):  # else encoding will say what is wrong with it
                 write_atomically(path, picture)
 

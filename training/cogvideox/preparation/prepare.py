@@ -15,8 +15,7 @@ which can be killed when a decoder hangs or crashes. This process encodes and wr
 """
 
 import sys
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -38,7 +37,7 @@ from cogvideox.data.claims import Claims
 from cogvideox.data.clips import decode_measured, image_refusal, image_request, measure_clip, plan_clip, plan_image
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.frames import Section
-from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
+from cogvideox.data.media.workers import Job, Killed, Limits, Workers, usual_number
 from cogvideox.data.recipe import clip_recipe
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError
@@ -163,7 +162,7 @@ class Preparation:
         """Returns the ledger record of every sample, in order. Worker processes probe the files without a record."""
         new = NewRecords(self.ledger)
         known, claims = self._known(), self._claims(new.has)
-        jobs: dict[str, tuple[Any, ...]] = {}
+        jobs: dict[str, Job] = {}
         for (path, section), request in self.requests.items():
             jobs[request] = plan_clip, path, self.recipe, section
         jobs |= {request: (plan_image, path) for path, request in self.image_requests.items()}
@@ -175,13 +174,12 @@ class Preparation:
             left = {request: job for request, job in left.items() if not new.has(request)}
         return self._records()
 
-    def _plan(self, jobs: dict[str, tuple[Any, ...]], claims: Claims) -> None:
+    def _plan(self, jobs: dict[str, Job], claims: Claims) -> None:
         """Writes the records of the files that no other process reads; ``jobs`` has the jobs of workers by request."""
         batch: list[ClipRecord] = []
         with claims:
-            for request, record in self._in_workers_by_key(
-                claims.take(jobs), jobs.__getitem__, jobs, "reading headers"
-            ):
+            taken = ((request, jobs[request]) for request in claims.take(jobs))
+            for request, record in self.in_workers(taken, self._expected(len(jobs)), "reading headers"):
                 path = jobs[request][1]
                 batch.append(self._killed(request, path, record) if isinstance(record, Killed) else record)
                 if len(batch) == LEDGER_EVERY:
@@ -194,12 +192,10 @@ class Preparation:
 
         Only headers are read, in worker processes; nothing is written.
         """
-        clips = list(self.requests)
-        jobs = ((measure_clip, path, self.recipe, section) for path, section in clips)
-        results = self.in_workers(jobs, len(clips), "reading headers")
+        jobs = (((path, section), (measure_clip, path, self.recipe, section)) for path, section in self.requests)
         found = {
             clip: self._killed("", clip[0], record) if isinstance(record, Killed) else record
-            for clip, record in zip(clips, results, strict=True)
+            for clip, record in self.in_workers(jobs, len(self.requests), "reading headers")
         }
         return [found[sample.clip] for sample in self.samples]
 
@@ -323,41 +319,27 @@ class Preparation:
             finally:
                 self._kept_workers = None
 
-    def in_workers(self, jobs: Iterable[tuple[object, ...]], total: int, what: str) -> Iterator[Any]:
+    def in_workers(self, jobs: Iterable[tuple[T, Job]], total: int, what: str) -> Iterator[tuple[T, Any]]:
         """Runs jobs in worker processes, with a progress bar.
 
         Args:
-            jobs: Tuples (function, arguments...).
+            jobs: Jobs, each with a key. They are asked for when a worker is free.
             total: Number of jobs.
             what: Label of the progress bar.
 
         Yields:
-            The results in the order of the jobs; Killed for a job whose worker was killed or crashed.
+            Each key with its result, in the order of the jobs; Killed for a job whose worker was killed or crashed.
         """
         if not total:
             return
         with self.workers_kept() as workers:
             hidden = not self.ranks.is_main_process
             with ProgressBar(total=total, desc=what, unit="clip", disable=hidden) as bar:
-                for result in workers.run(jobs):
+                for keyed in workers.run_keyed(jobs):
                     stopping.unit("clip")
-                    yield result
+                    yield keyed
                     bar.update()
                 bar.total = bar.n  # other processes may have taken more or fewer than expected
-
-    def _in_workers_by_key(
-        self, keys: Iterable[str], job_of: Callable[[str], tuple[Any, ...]], todo: Collection[str], what: str
-    ) -> Iterator[tuple[str, Any]]:
-        """Runs the jobs of keys, which are asked for when a worker is free; yields each key and its result."""
-        begun: deque[str] = deque()
-
-        def jobs() -> Iterator[tuple[Any, ...]]:
-            for key in keys:
-                begun.append(key)
-                yield job_of(key)
-
-        for result in self.in_workers(jobs(), self._expected(len(todo)), what):
-            yield begun.popleft(), result
 
     def _expected(self, number: int) -> int:
         """Returns how many of a number of items this process will probably take."""
@@ -425,12 +407,9 @@ class Preparation:
         self, keys: Iterator[str], clips: dict[str, VaeInput], vae: Any, tiling: bool
     ) -> Iterator[tuple[str, VaeInput, AsyncCopy]]:
         """Decodes clips in workers and starts to encode them; yields (key, clip, copy in progress) if they decode."""
-
-        def job_of(key: str) -> tuple[Any, ...]:
-            return decode_measured, clips[key].path, clips[key].variant, clips[key].stamp
-
-        for key, decoded in self._in_workers_by_key(keys, job_of, clips, "encoding clips"):
-            clip = clips[key]
+        taken = ((key, clips[key]) for key in keys)
+        jobs = (((key, clip), (decode_measured, clip.path, clip.variant, clip.stamp)) for key, clip in taken)
+        for (key, clip), decoded in self.in_workers(jobs, self._expected(len(clips)), "encoding clips"):
             if isinstance(decoded, (str, Killed)):
                 self._give_up(clip, decoded)
                 continue

@@ -379,8 +379,9 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, clips: Sequenc
     Returns:
         Seconds per pixel; None if no clip decodes.
     """
-    jobs = [(time_decode, c.path, replace(c.variant, indices=c.variant.indices[:TIMED_FRAMES])) for c in clips]
-    timed = [result for result in preparation.in_workers(jobs, len(jobs), "timing") if isinstance(result, tuple)]
+    variants = ((clip, replace(clip.variant, indices=clip.variant.indices[:TIMED_FRAMES])) for clip in clips)
+    jobs = ((clip, (time_decode, clip.path, variant)) for clip, variant in variants)
+    timed = [result for _, result in preparation.in_workers(jobs, len(clips), "timing") if isinstance(result, tuple)]
     if not timed:
         return None
     decode_seconds, frames = timed[-1]

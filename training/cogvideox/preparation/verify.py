@@ -99,8 +99,8 @@ def source_faults(preparation: Preparation, records: Sequence[ClipRecord]) -> It
     for file in files:  # a long video may have a record for each of its scenes, and is read once
         used.setdefault((file.path, file.content), {})[file.request] = file
     mine = preparation.share(list(used))
-    jobs = ((content_change, *clip) for clip in mine)
-    for clip, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
+    jobs = ((clip, (content_change, *clip)) for clip in mine)
+    for clip, change in preparation.in_workers(jobs, len(mine), "checking clips"):
         if change is not None:
             reason = change.reason if isinstance(change, Killed) else change
             yield from (Fault(f"{clip[0]}: {reason}", record=record) for record in used[clip].values())

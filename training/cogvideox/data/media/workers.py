@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from io import BufferedRWPair
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.stopping import STOP_SIGNALS
@@ -55,6 +55,8 @@ _COMMAND = "import sys; from cogvideox.data.media.workers import serve; serve(*m
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("<Q")
 
+Key = TypeVar("Key")
+Job = tuple[Any, ...]  # a function and its arguments
 Parts = list[bytes | bytearray | memoryview]  # a message: a pickle, and the buffers of its arrays
 
 
@@ -130,7 +132,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
 
-    def run(self, jobs: Iterable[tuple[object, ...]], ahead: int | None = None) -> Iterator[Any]:
+    def run(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Any]:
         """Runs jobs and yields their results, or ``Killed``, in the order of the jobs.
 
         A job whose worker dies or runs out of memory is tried once more in a new worker: an earlier file may have
@@ -138,7 +140,7 @@ class Workers:
         tried again.
 
         Args:
-            jobs: Tuples of a function and its arguments. The function must be importable by name.
+            jobs: The jobs. Their functions must be importable by name.
             ahead: How many jobs may be started before their results are consumed. Decoded clips are large, so this
                 bounds the memory that waiting results take. The default is 2 for each worker.
 
@@ -158,7 +160,19 @@ class Workers:
             for future in waiting:
                 future.cancel()
 
-    def _submit(self, job: tuple[object, ...]) -> "Future[Any]":
+    def run_keyed(self, jobs: Iterable[tuple[Key, Job]]) -> Iterator[tuple[Key, Any]]:
+        """Runs jobs as ``run`` does, each of which has a key; yields each key with the result of its job."""
+        begun: deque[Key] = deque()
+
+        def begin() -> Iterator[Job]:
+            for key, job in jobs:
+                begun.append(key)
+                yield job
+
+        for result in self.run(begin()):
+            yield begun.popleft(), result
+
+    def _submit(self, job: Job) -> "Future[Any]":
         if not self._is_open:
             raise RuntimeError(NOT_OPEN)
         future: Future[Any] = Future()

@@ -106,12 +106,12 @@ class Captioning:
     def _answers(self, clips: Sequence[Uncaptioned]) -> Iterator[tuple[Uncaptioned, Answer]]:
         """Yields each clip with its caption, or with why it has none, in the order of the clips."""
         number, size = self.flags.caption_frames, self.flags.caption_size
-        jobs = ((stills_of, clip.video, number, size, clip.section) for clip in clips)
+        jobs = ((clip, (stills_of, clip.video, number, size, clip.section)) for clip in clips)
         asked: deque[Future[list[tuple[Uncaptioned, Answer]]]] = deque()
         pool = ThreadPoolExecutor(self.model.threads)
         try:
             with Workers(1, self.limits) as workers:
-                decoded = zip(clips, workers.run(jobs), strict=True)
+                decoded = workers.run_keyed(jobs)
                 while batch := list(islice(decoded, self.model.batch_size)):
                     asked.append(pool.submit(self._ask, batch))
                     if len(asked) == self.model.threads:

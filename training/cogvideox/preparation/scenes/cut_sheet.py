@@ -6,7 +6,6 @@ edited.
 
 import os
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from cogvideox.data.forms.scene_table import Clip
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.pixels.stills import info_of, small_frames
-from cogvideox.data.media.workers import Limits, Workers, usual_number
+from cogvideox.data.media.workers import Job, Limits, Workers, usual_number
 from cogvideox.files import foreign_problem, stamp_of
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.sheets import Panel, SheetRow, comment_of, contact_sheet
@@ -84,20 +83,17 @@ def _times(rows: Sequence[Clip]) -> list[float]:
 def _panels(cuts: Sequence[Cut], limits: Limits) -> Iterator[tuple[str, Panel]]:
     """Yields the path and the frames of each cut that lies within its file and can be decoded."""
     files = {path: [time for file, time in cuts if file == path] for path, _ in cuts}
-    waiting: deque[Cut] = deque()  # the cuts that are being decoded
     with Workers(usual_number(limits), limits) as workers, stopping.stoppable():
 
-        def jobs() -> Iterator[tuple[object, ...]]:
+        def jobs() -> Iterator[tuple[Cut, Job]]:
             infos = workers.run((info_of, path) for path in files)
             for (path, times), info in zip(files.items(), infos, strict=True):
                 for first in _first_frames(info, times) if isinstance(info, VideoInfo) else ():
-                    waiting.append((path, info.times[first]))
-                    yield small_frames, path, info, (first - 1, first), FRAME_SIZE
+                    yield (path, info.times[first]), (small_frames, path, info, (first - 1, first), FRAME_SIZE)
 
-        bar = ProgressBar(workers.run(jobs()), desc="drawing cuts", unit="cut", total=len(cuts), leave=False)
-        for frames in bar:
+        drawn = workers.run_keyed(jobs())
+        for (path, time), frames in ProgressBar(drawn, desc="drawing cuts", unit="cut", total=len(cuts), leave=False):
             stopping.unit("picture of a cut")
-            path, time = waiting.popleft()
             if isinstance(frames, np.ndarray):
                 yield path, Panel(f"{time:.3f} s", list(frames))
 

@@ -10,7 +10,7 @@ A part begins at a keyframe, so that no frame is decoded twice, and has its own 
 
 import os
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,7 +28,7 @@ from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.scene_table import Clip, SceneTable, clips_of
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.pixels.stills import info_of, small_frames
-from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
+from cogvideox.data.media.workers import Job, Killed, Limits, Workers, usual_number
 from cogvideox.errors import one_line, plural
 from cogvideox.preparation.scenes.cut_sheet import draw_cuts
 from cogvideox.progress import ProgressBar
@@ -96,10 +96,8 @@ def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterat
         flags: Choose the detector.
         limits: Time and memory that decoding one part of a file may use.
     """
-    parts: deque[_Part] = deque()
     with Workers(usual_number(limits), limits) as workers:
-        for frames in workers.run(_jobs(paths, flags, workers, parts)):
-            part = parts.popleft()
+        for part, frames in workers.run_keyed(_jobs(paths, flags, workers)):
             search = part.search
             if isinstance(frames, np.ndarray) and not search.problem:
                 search.detector.see(frames)
@@ -111,20 +109,17 @@ def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterat
                 yield search
 
 
-def _jobs(
-    paths: Sequence[str], flags: SceneFlags, workers: Workers, parts: deque[_Part]
-) -> Iterator[tuple[object, ...]]:
-    """Yields the jobs of all files, and appends the part that each of them decodes."""
+def _jobs(paths: Sequence[str], flags: SceneFlags, workers: Workers) -> Iterator[tuple[_Part, Job]]:
+    """Yields the parts of all files, each with the job that decodes it."""
     for path, info in zip(paths, workers.run((info_of, path) for path in paths), strict=True):
         detector = CutDetector(flags)
         if not isinstance(info, VideoInfo):
-            parts.append(_Part(Search(path, None, detector), is_last=True))
-            yield (str, info.reason if isinstance(info, Killed) else info)
+            reason = info.reason if isinstance(info, Killed) else info
+            yield _Part(Search(path, None, detector), is_last=True), (str, reason)
             continue
         search = Search(path, info, detector)
         for frames in parts_of(info):
-            parts.append(_Part(search, frames.stop == info.num_frames))
-            yield small_frames, path, info, frames, FRAME_SIZE
+            yield _Part(search, frames.stop == info.num_frames), (small_frames, path, info, frames, FRAME_SIZE)
 
 
 def parts_of(info: VideoInfo) -> Iterator[range]:
