@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from waiting import eventually
 
-from cogvideox.data.media.workers import Killed, Limits, Workers
+from cogvideox.data.media import workers as media_workers
+from cogvideox.data.media.workers import AHEAD, Killed, Limits, Workers
 from cogvideox.errors import UsageError
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -67,12 +68,11 @@ def test_results_come_in_order_and_few_are_waiting(workers: Workers) -> None:
             begun.append(number)
             yield code(f"(__import__('time').sleep({(7 * number) % 5 / 200}), {number})[1]")
 
-    for done, result in enumerate(workers.run(jobs(), ahead=3)):
+    for done, result in enumerate(workers.run(jobs())):
         assert result == done
-        assert len(begun) - done <= 3
+        assert len(begun) - done <= AHEAD * workers.number
     assert len(begun) == 20
     assert list(workers.run([])) == []
-    assert list(workers.run([(pow, 2, 5)] * 3, ahead=1)) == [32] * 3
 
 
 def test_jobs_run_at_the_same_time_in_as_many_processes_as_asked_for() -> None:
@@ -153,9 +153,9 @@ def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("IMPORT", "1.6")
     found = []
     with Workers(1, Limits(1.5, 2**30)) as workers:
-        for result in workers.run([(job, k) for k in range(6)], ahead=5):
+        for result in workers.run([(job, k) for k in range(6)]):
             found.append(result)
-            time.sleep(1.6 if result == 0 else 0)  # meanwhile four results wait
+            time.sleep(1.6 if result == 0 else 0)  # meanwhile a result waits
     assert found == list(range(6))
 
 
@@ -281,16 +281,17 @@ def test_an_abandoned_generator_leaves_no_process() -> None:
 
 def test_running_jobs_outside_of_the_context_is_an_error() -> None:
     with Workers(1, AMPLE) as workers:
-        found = workers.run([(pow, 2, 3)] * 20, ahead=2)
+        found = workers.run([(pow, 2, 3)] * 20)
         assert next(found) == 8
     for late in (found, workers.run([PID]), Workers(1, AMPLE).run([PID])):
         with pytest.raises(RuntimeError, match="inside their context"):
             list(late)
 
 
-def test_jobs_of_a_closed_generator_are_not_begun(tmp_path: Path) -> None:
+def test_jobs_of_a_closed_generator_are_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_workers, "AHEAD", 4)
     with Workers(1, AMPLE) as workers:
-        found = workers.run([(pow, 2, 3), (time.sleep, 0.3), *[(os.mkdir, str(tmp_path / "begun"))] * 2], ahead=4)
+        found = workers.run([(pow, 2, 3), (time.sleep, 0.3), *[(os.mkdir, str(tmp_path / "begun"))] * 2])
         assert next(found) == 8
         found.close()  # type: ignore[attr-defined]
         assert list(workers.run([(pow, 2, 4)])) == [16]

@@ -932,7 +932,7 @@ def test_files_of_killed_workers_are_tried_again_under_other_limits(
     asked: list[str] = []
 
     class Killing(InlineWorkers):
-        def run(self, jobs: Iterable[tuple[Any, ...]], ahead: int | None = None) -> Iterator[Any]:
+        def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
             for function, path, *rest in jobs:
                 asked.append(Path(path).name)
                 killed = Killed("no result after 9 s"), Killed("its worker was killed", transient=True)

@@ -29,7 +29,7 @@ class InlineWorkers(Workers):
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def run(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Any]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[Any]:
         for function, *arguments in jobs:
             yield function(*arguments)
 

@@ -5,7 +5,7 @@ therefore runs in a process that can be killed. ``Workers`` is the entry point. 
 thread for each slot, which sends a job to its worker, waits for the answer with a timeout, and replaces the worker
 where it died, hung, or ran out of memory. Results come out in the order of the jobs:
 
-    jobs --run()--> queue of at most `ahead` jobs --> thread 0 <--socket--> worker process 0 --+
+    jobs --run()--> queue, 2 jobs for each worker --> thread 0 <--socket--> worker process 0 --+
                                                   --> thread 1 <--socket--> worker process 1 --+--> results, in order
                                                   --> ...
 
@@ -46,6 +46,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.stopping import STOP_SIGNALS
 
 ATTEMPTS = 2
+AHEAD = 2  # jobs per worker that are started before their results are consumed: decoded clips take much memory
 USUAL_WORKERS = 4  # see usual_number
 EXIT_SECONDS = 5.0  # how long to wait for a killed process to exit; one that hangs in a dead network mount never does
 
@@ -132,7 +133,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
 
-    def run(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Any]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[Any]:
         """Runs jobs and yields their results, or ``Killed``, in the order of the jobs.
 
         A job whose worker dies or runs out of memory is tried once more in a new worker: an earlier file may have
@@ -141,14 +142,12 @@ class Workers:
 
         Args:
             jobs: The jobs. Their functions must be importable by name.
-            ahead: How many jobs may be started before their results are consumed. Decoded clips are large, so this
-                bounds the memory that waiting results take. The default is 2 for each worker.
 
         Raises:
             RuntimeError: The context is not open, or worker processes do not start.
             Exception: Whatever a job raises, with the traceback of the worker as a note.
         """
-        jobs, ahead = iter(jobs), ahead or 2 * self.number
+        jobs, ahead = iter(jobs), AHEAD * self.number
         waiting: deque[Future[Any]] = deque()
         try:
             while True:
