@@ -5,7 +5,7 @@ Every layer raises UsageError or NonFiniteError; config/args.py prints them and 
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 MOST_LINES = 20  # most lines of one kind in a message
 LONGEST_LINE = 500  # characters
@@ -37,6 +37,12 @@ def first_of(lines: Sequence[str]) -> list[str]:
     """Returns the first MOST_LINES lines, followed by a line with the number of the others."""
     more = [f"... and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return [*lines[:MOST_LINES], *more]
+
+
+def first_names(names: Iterable[str], most: int = 10) -> str:
+    """Returns the first names, separated by commas, or "none"."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") if names else "none"
 
 
 def first_line(error: BaseException) -> str:

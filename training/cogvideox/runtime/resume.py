@@ -27,7 +27,7 @@ from cogvideox.config.options import (
     samples_per_step,
 )
 from cogvideox.data.cache import CacheIndex
-from cogvideox.errors import UsageError, plural
+from cogvideox.errors import UsageError, first_names, plural
 from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.models import weight_fingerprint
@@ -383,13 +383,12 @@ def data_difference(then: Mapping[str, str], index: CacheIndex) -> str:
         "removed": [name for name in then if name not in now],
         "changed": [name for name in now if name in then and now[name] != then[name]],
     }
-    parts = [f"{plural(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
+    parts = [
+        f"{plural(len(names), 'clip')} {what} ({first_names(names, NAMES_SHOWN)})"
+        for what, names in groups.items()
+        if names
+    ]
     return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
-
-
-def listed(names: list[str]) -> str:
-    """Returns the first NAMES_SHOWN names, separated by commas."""
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def write_samples(output_dir: Path, index: CacheIndex) -> None:

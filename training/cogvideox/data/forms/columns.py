@@ -8,7 +8,7 @@ reads a text file.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,12 +131,6 @@ def _rules(line: str) -> list[str]:
     """Returns the parts of a message that may be its rule: the text after its first ": ", after its second etc."""
     parts = line.split(": ")
     return [": ".join(parts[start:]) for start in range(1, len(parts))]
-
-
-def first_names(names: Iterable[str]) -> str:
-    """Returns the first ten names, separated by commas, or "none"."""
-    names = list(names)
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
 
 
 def is_unicode(text: str) -> bool:

@@ -26,11 +26,11 @@ from cogvideox.data.forms.columns import (
     Column,
     Columns,
     Problems,
-    first_names,
     read_lines,
 )
 from cogvideox.data.forms.paths import PathRules, fold_name
 from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
+from cogvideox.errors import first_names
 
 CAPTION_FILES = ("prompts.txt", "prompt.txt")
 VIDEO_FILES = ("videos.txt",)

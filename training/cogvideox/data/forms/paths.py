@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from shlex import quote
 
-from cogvideox.data.forms.columns import POINTER, Column, Problems, first_names, is_unicode
+from cogvideox.data.forms.columns import POINTER, Column, Problems, is_unicode
+from cogvideox.errors import first_names
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
 # At least two letters before the colon, because C:/clips is a path on Windows and not a URL.

@@ -23,11 +23,10 @@ from cogvideox.data.forms.columns import (
     Column,
     Columns,
     Problems,
-    first_names,
     read_lines,
 )
 from cogvideox.data.media.frames import Section
-from cogvideox.errors import plural
+from cogvideox.errors import first_names, plural
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
