@@ -15,7 +15,7 @@ from cogvideox.data.forms.samples import Sample
 from cogvideox.errors import first_of, one_line, plural
 
 BATCH = 4096  # captions per call of the tokenizer
-NAMED = 3  # clips that are listed per shared caption
+NAMED = 3  # clips that a line for the console names
 LONGEST_EXCERPT = 40  # characters of a caption in a note
 
 
@@ -125,7 +125,7 @@ def confused_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]]) ->
     if not confused:
         return []
     number = sum(map(len, confused))
-    lines = [names([f"{clips_of[text][0]} {quoted(text)}" for text in texts]) for texts in confused]
+    lines = [shortened([f"{clips_of[text][0]} {quoted(text)}" for text in texts]) for texts in confused]
     return [
         f"{number} captions are written differently, but T5 reads the same tokens of those on one line, so that they "
         "have one embedding:",
@@ -150,14 +150,14 @@ def shared_notes(clips: Sequence[tuple[Sample, str]]) -> list[str]:
         return []
     number = sum(count for _, count in shared)
     rule = f"{number} clips share {plural(len(shared), 'caption')} with another clip"
-    lines = [f"{quoted(text)}: {count} clips: {names(clips_of[text])}" for text, count in shared]
+    lines = [f"{quoted(text)}: {count} clips: {shortened(clips_of[text])}" for text, count in shared]
     return [f"{rule}; if the clips differ in what they show, say so in their captions:", *indented(lines)]
 
 
-def names(listed: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
+def shortened(listed: Sequence[str], separator: str = ", ") -> str:
+    """Returns the first NAMED names, and how many more there are."""
     more = [f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else []
-    return ", ".join([*listed[:NAMED], *more])
+    return separator.join([*listed[:NAMED], *more])
 
 
 def excerpt(text: str) -> str:

@@ -20,6 +20,7 @@ from cogvideox.data.records import ClipRecord
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used
 from cogvideox.errors import UsageError, one_line, plural
 from cogvideox.files import REPORT_NAME, write_atomically
+from cogvideox.preparation.captions import shortened
 from cogvideox.preparation.causes import WORDS, causes_by_status
 from cogvideox.preparation.pictures import Pictures, sheet_picks
 from cogvideox.preparation.prepare import Preparation
@@ -31,7 +32,6 @@ from cogvideox.runtime.sheets import pick_evenly
 LOOK = re.compile(f"[0-9a-f]{{{LOOK_BITS // 4}}}")
 MAX_CLIPS = 200  # clips that the page shows, and again as many odd ones; each has a picture
 MAX_DROPPED = 500  # clips that are listed for one kind of cause
-NAMED = 3  # odd clips on the console
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_EDGE = 760, 320, 60  # pixels of the plot, and of its left and lower edges
 DECADES = 3  # the axis of motion begins at 10 ** -DECADES
 PLOT_NOTE = (
@@ -110,8 +110,7 @@ class DataPage:
     def odd_lines(self) -> list[str]:
         """Returns a line for the console about odd clips, or none."""
         found = {card.sample.id: f"{card.sample.id}: {', '.join(card.odd)}" for card in self.odd}
-        more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
-        named = one_line("; ".join([*list(found.values())[:NAMED], *more]))
+        named = one_line(shortened(list(found.values()), separator="; "))
         return [f"{plural(len(found), 'clip looks', 'clips look')} odd: {named}"] if found else []
 
     def draw(self) -> dict[Bucket, Path]:
