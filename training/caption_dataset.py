@@ -23,10 +23,10 @@ from cogvideox.errors import UsageError, plural
 
 def check_captioning(options: CaptionOptions) -> Iterator[str]:
     """Yields the problems of the model and of the flags that choose the captioning model."""
-    from cogvideox.preparation.captioning.vision_server import check_model
+    from cogvideox.preparation.captioning.vision_server import check_endpoint
 
     read_geometry(options.model)
-    yield from check_model(options.caption)
+    yield from check_endpoint(options.caption)
 
 
 CHECKS = (check_captioning,)

@@ -140,7 +140,7 @@ def test_figures_of_an_h100_are_those_that_were_measured(row: str, published: Pa
     geometry, device = read_geometry(options.model), torch.device("cuda")
     run = dry_run.PlannedRun(geometry, Lora, device, torch.bfloat16, world=1, compiled=False)
     buckets = [Bucket(49, 480, 720)]
-    sizes = dry_run.sizes_from_options(run, options, geometry, buckets, dry_run.empty_transformer(run, options))
+    sizes = dry_run.sizes_from_options(run, options, geometry, buckets, dry_run.expected_transformer(run, options))
     machine, backend, _ = dry_run.machine_for(run, options, sizes)
     plan_made = dry_run.plan_for(run, options, buckets, machine, backend)
     assert plan_made.seconds == pytest.approx(measured["seconds_per_step"], rel=0.05)
@@ -259,7 +259,7 @@ def test_only_tensors_that_are_not_in_the_cache_need_space(model: Path, clips: P
     def encoded_bytes(folder: Path, *more: str) -> int:
         given = ["--pretrained_model_name_or_path", str(folder), "--data_root", str(clips), *SIZE, *more]
         options = args.parse(LoraOptions, None, [*given, "--tensor_cache", str(cache), "--dry_run"])
-        return dry_run.read_samples(options, read_geometry(options.model), StartPoint()).encoded_bytes
+        return dry_run.promised_samples(options, read_geometry(options.model), StartPoint()).encoded_bytes
 
     configs, fp32 = configs_of(model, tmp_path / "configs"), encoded_bytes(model)
     assert encoded_bytes(configs) == fp32 / 2
@@ -325,7 +325,7 @@ def test_sizes_are_those_of_a_run_with_weights(kind: str, flags: str, script: st
     transformer = method(load_transformer(options.model, run.dtype), options).transformer
     predicted, real = (
         dry_run.sizes_from_options(run, options, geometry, [geometry.own_bucket], one)
-        for one in (dry_run.empty_transformer(run, options), transformer)
+        for one in (dry_run.expected_transformer(run, options), transformer)
     )
     assert predicted == real
 

@@ -28,7 +28,7 @@ from cogvideox.data.dataset import LatentDataset
 from cogvideox.data.sampler import Visit
 from cogvideox.errors import UsageError
 from cogvideox.preparation import factory
-from cogvideox.preparation.factory import bucket_of, check_tensors, is_factory_layout, open_factory, read_rows
+from cogvideox.preparation.factory import bucket_of, check_tensors, is_factory_layout, open_factory, read_tensor_rows
 
 NAMES = ("00000", "00001", "00002")
 Make = Callable[..., Path]
@@ -186,7 +186,7 @@ def test_the_bucket_depends_on_the_compression_of_the_model(make: Make, geometry
 
 def test_repeats_and_rows_of_one_clip_have_their_own_ids(make: Make) -> None:
     folder = make("a", videos=("videos/a.mp4", "./videos/a.mp4"))
-    ids = [row.id for row in read_rows(folder, flags_of(folder, repeats=(2,)))]
+    ids = [row.id for row in read_tensor_rows(folder, flags_of(folder, repeats=(2,)))]
     assert ids == ["videos/a.mp4", "videos/a.mp4#2", "videos/a.mp4#3", "videos/a.mp4#4"]
 
 
@@ -412,14 +412,14 @@ def test_clips_that_would_share_their_tensors(make: Make, geometry: Geometry) ->
     for kind in (factory.MOMENTS, factory.EMBEDS):
         for name in ("a.v1.pt", "a.v2.pt"):
             shutil.copy(folder / kind / "a.pt", folder / kind / name)
-    rows = read_rows(folder, flags_of(folder))
+    rows = read_tensor_rows(folder, flags_of(folder))
     assert [row.moments.name for row in rows] == ["a.v1.pt", "a.v2.pt", "b.pt"]
     assert [row.embeds.name for row in rows] == ["a.v1.pt", "a.v2.pt", "b.pt"]
 
 
 def test_a_clip_with_dots_in_its_name_uses_the_shortened_name(make: Make) -> None:
     folder = make("a", videos=("videos/a.v1.mp4",))
-    assert [row.moments.name for row in read_rows(folder, flags_of(folder))] == ["a.pt"]
+    assert [row.moments.name for row in read_tensor_rows(folder, flags_of(folder))] == ["a.pt"]
 
 
 @pytest.mark.fault("security: paths and links out of the data root")
@@ -430,12 +430,12 @@ def test_files_outside_the_folder_are_not_read(make: Make, tmp_path: Path, loade
     (folder / factory.MOMENTS / "00000.pt").symlink_to(tmp_path / "secret.pt")
     (folder / "videos.txt").write_text("videos/00000.mp4\n../x/videos/1.mp4\n2.mp4\n")
     with pytest.raises(UsageError) as error:
-        read_rows(folder, flags_of(folder))
+        read_tensor_rows(folder, flags_of(folder))
     lines = error.value.problems
     assert all("leads outside the data root, to " in line for line in lines[:3])
     assert lines[3:] == ("... and 2 more (5 in all): outside the data root",)
     (folder / "videos.txt").write_text("videos/00000.mp4\nvideos/00001.mp4\nvideos/00002.mp4\n")
-    assert len(read_rows(folder, flags_of(folder, allow_path=(str(tmp_path),)))) == 3
+    assert len(read_tensor_rows(folder, flags_of(folder, allow_path=(str(tmp_path),)))) == 3
 
 
 def test_a_pipe_does_not_block(make: Make) -> None:
@@ -443,14 +443,14 @@ def test_a_pipe_does_not_block(make: Make) -> None:
     (folder / factory.EMBEDS / "00000.pt").unlink()
     os.mkfifo(folder / factory.EMBEDS / "00000.pt")
     with pytest.raises(UsageError, match=r"prompt_embeds/00000\.pt: is a pipe"):
-        read_rows(folder, flags_of(folder))
+        read_tensor_rows(folder, flags_of(folder))
 
 
 def test_lists_of_unequal_length(make: Make) -> None:
     folder = make()
     (folder / "prompts.txt").write_text("one\ntwo\n")
     with pytest.raises(UsageError, match=r"videos\.txt:3: first line without a caption"):
-        read_rows(folder, flags_of(folder))
+        read_tensor_rows(folder, flags_of(folder))
 
 
 # -- first frames ------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def launch_problems(options: TrainOptions) -> Iterator[str]:
         yield f"deepspeed_config_file {path}: is not a JSON file with a section zero_optimization; give another file"
         return
     yield from zero_problems(options)
-    yield from plan_problems(options)
+    yield from placement_problems(options)
     for name in unsupported_settings(file_settings(path)):
         yield f"{name}: is not supported, because it may change the result or a checkpoint; remove it from {path}"
     settings = launched_settings() | file_settings(path)
@@ -181,7 +181,7 @@ def zero_problems(options: TrainOptions) -> Iterator[str]:
         yield "memory_efficient_linear true: changes the rounding of all linear layers; set it to false"
 
 
-def plan_problems(options: TrainOptions) -> Iterator[str]:
+def placement_problems(options: TrainOptions) -> Iterator[str]:
     """Yields the flags of the plan that ZeRO cannot follow."""
     if zero_stage() == "3" and (asked := ", ".join(asked_of_plan(options))):
         yield f"{asked}: zero_stage 3 runs diffusers' own blocks; leave it out, or launch with fsdp2.yaml"

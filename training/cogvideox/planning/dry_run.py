@@ -166,7 +166,7 @@ def dry_run(options: TrainOptions, task: type[Task], method: type[Method]) -> in
         raise UsageError(problem)
     start = expected_start(options.train)
     unchecked = list(settings_unchecked(start, options, geometry, task, method))
-    samples = read_samples(options, geometry, start)
+    samples = promised_samples(options, geometry, start)
     order = Order(samples.ids, samples.buckets, samples_per_step(options, run.world), options.data.seed)
     steps = order.total_steps(options.train.max_train_steps, options.train.num_train_epochs)
     check_length(start, steps, options.train)
@@ -216,7 +216,7 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
         lines[-1] += f"; {run.start.step} are done, in {run.start.folder.name}"
     if line := warm_up_note(options.optimizer, run.steps, number):
         lines.append(line)
-    transformer = empty_transformer(run, options)
+    transformer = expected_transformer(run, options)
     if reason := no_plan_reason(run, options, transformer):
         disks, enough = disk_lines(options, samples, run, transformer)
         return [*lines, f"memory and time are not predicted: {reason}", *disks], enough
@@ -260,7 +260,7 @@ def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun, average: 
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
-def read_samples(options: TrainOptions, geometry: Geometry, start: StartPoint) -> Samples:
+def promised_samples(options: TrainOptions, geometry: Geometry, start: StartPoint) -> Samples:
     """Returns the training samples: those of a prepared folder, or those that the headers of the clips promise.
 
     Raises:
@@ -367,17 +367,17 @@ def disk_line(folder: Path, written: dict[str, int], fix: str) -> tuple[str, boo
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def empty_transformer(run: PlannedRun, options: TrainOptions) -> Any:
+def expected_transformer(run: PlannedRun, options: TrainOptions) -> Any:
     """Returns the transformer with its adapters on the meta device, made from its config; no weights are read.
 
     It is made once for all changes of batches and of plans, because it takes longer than a prediction.
     """
     shaping = replace(options, train=type(options.train)(), plan=type(options.plan)())
-    return _empty_transformer(run.method, run.dtype, shaping)
+    return _expected_transformer(run.method, run.dtype, shaping)
 
 
 @lru_cache(maxsize=2)
-def _empty_transformer(method: type[Method], dtype: torch.dtype, options: TrainOptions) -> Any:
+def _expected_transformer(method: type[Method], dtype: torch.dtype, options: TrainOptions) -> Any:
     """Makes the transformer from options whose flags of batches and plans have their defaults."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -402,7 +402,7 @@ def plan_for(
     Raises:
         NoPlanError: No allowed plan fits.
     """
-    transformer = empty_transformer(run, options)
+    transformer = expected_transformer(run, options)
     sizes = replace(sizes_from_options(run, options, run.geometry, buckets, transformer), steps=run.steps)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     # A run measures free memory after it has loaded the weights. If these are converted, they are no pages of a file.

@@ -84,7 +84,7 @@ def check_tensors(options: TrainOptions) -> Iterator[str]:
         if len(options.data.repeats) > 1:
             yield f"--repeats {' '.join(map(str, options.data.repeats))}: there is one folder; give one number"
         try:
-            read_rows(folder, options.data, image_flags(options) is not None)
+            read_tensor_rows(folder, options.data, image_flags(options) is not None)
         except UsageError as error:
             yield from error.problems
     elif options.loader.load_tensors:
@@ -129,7 +129,7 @@ def open_factory(
     published = False
     while not published:  # another run may have listed more files than this one, and may be done earlier
         before = stamp_of(cache.folder / TENSOR_INDEX)
-        rows = read_rows(folder, data, images)
+        rows = read_tensor_rows(folder, data, images)
         if ranks.is_main_process:
             with sole_writer(cache.folder, say):
                 convert(rows, geometry, cache)
@@ -155,7 +155,7 @@ def open_factory(
 # -- the lists ---------------------------------------------------------------------------------------------------------
 
 
-def read_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
+def read_tensor_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
     """Returns the clips of the lists with their files, repeated as --repeats says.
 
     Raises:

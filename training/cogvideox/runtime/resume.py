@@ -356,7 +356,7 @@ def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptio
     if same or DATA in options.train.allow_changed:
         return
     assert start.folder is not None
-    written = read_samples(start)
+    written = recorded_samples(start)
     difference = data_difference(written["samples"], index) if written else "clips or captions differ"
     flags = changes(written.get(PREPARED, index.recipe), index.recipe)  # earlier versions did not write them
     other = "; they were prepared with other flags" if flags else ""
@@ -364,7 +364,7 @@ def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptio
     raise UsageError([rule + continue_hint(start, [DATA], options), *(f"  {line}" for line in there_and_now(flags))])
 
 
-def read_samples(start: StartPoint) -> dict[str, Any]:
+def recorded_samples(start: StartPoint) -> dict[str, Any]:
     """Returns the content of samples.json; empty if it is missing, damaged, or belongs to another checkpoint."""
     assert start.folder is not None
     try:

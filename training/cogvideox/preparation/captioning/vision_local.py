@@ -14,7 +14,7 @@ from PIL import Image
 from cogvideox.config.flags import CaptionFlags
 from cogvideox.data.media.pixels.stills import Stills
 from cogvideox.errors import UsageError, first_line
-from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request, caption_in, content_of
+from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request, caption_in, message_parts
 
 SMALLER = "lower --caption_frames or --caption_size, or choose a smaller --caption_model"
 
@@ -112,7 +112,7 @@ class LocalVisionModel:
 def conversation_of(stills: Stills, instruction: str) -> list[dict[str, object]]:
     """Returns the messages that ask for the caption of a clip."""
     images = [Image.open(io.BytesIO(jpeg)) for jpeg in stills.jpegs]
-    content = content_of(stills, instruction, [{"type": "image", "image": image} for image in images])
+    content = message_parts(stills, instruction, [{"type": "image", "image": image} for image in images])
     return [{"role": "user", "content": content}]
 
 

@@ -115,7 +115,7 @@ class VisionServer:
             UsageError: The server cannot be reached, or would refuse every request.
         """
         urls = [f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in stills.jpegs]
-        content = content_of(stills, instruction, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
+        content = message_parts(stills, instruction, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
         messages = [{"role": "user", "content": content}]
         request = {
             "model": self.model,
@@ -190,7 +190,7 @@ class VisionServer:
         return one_line(f"{self._flag}: {text}; {fix}")
 
 
-def content_of(stills: Stills, instruction: str, pictures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+def message_parts(stills: Stills, instruction: str, pictures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     """Returns the parts of a message: each picture after its time, and the instruction at the end."""
     parts: list[dict[str, object]] = []
     for seconds, picture in zip(stills.times, pictures, strict=True):
@@ -198,8 +198,8 @@ def content_of(stills: Stills, instruction: str, pictures: Sequence[dict[str, ob
     return [*parts, {"type": "text", "text": instruction}]
 
 
-def check_model(flags: CaptionFlags) -> Iterator[str]:
-    """Yields what is wrong with the flags that choose the model."""
+def check_endpoint(flags: CaptionFlags) -> Iterator[str]:
+    """Yields a problem if --endpoint is not a URL."""
     url = flags.endpoint
     if url is not None and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
         yield f"--endpoint {url}: is not the URL of a server; give one such as http://localhost:8000/v1"
