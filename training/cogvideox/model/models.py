@@ -182,7 +182,7 @@ def weight_fingerprint(model: ModelFlags, part: str) -> str:
 
 
 def sampled_hash(files: Sequence[Path]) -> str:
-    """Computes the hash that ``fingerprint`` describes, of safetensors files in this order."""
+    """Computes the hash that ``weight_fingerprint`` describes, of safetensors files in this order."""
     digest = hashlib.sha256()
     for path in files:
         header, start = read_tensor_entries(path)
