@@ -102,20 +102,15 @@ def check_suitable(index: CacheIndex, geometry: Geometry, options: TrainOptions)
     if (given := held_out_flags(options)) and not index.validation:
         rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
         raise UsageError([f"{flag}: {rule}" for flag in given])
-    check_first_frames(index, geometry, options)
+    check_bucket_positions(index, geometry, options)
 
 
-def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
-    """Checks that the model has positions for all buckets.
-
-    Raises:
-        UsageError: The model's learned positions do not fit a bucket.
-    """
+def check_bucket_positions(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
+    """Raises UsageError if a model has learned positions that do not fit a bucket of the index."""
     others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
     if others and not ignores_positions(options):
-        rule = (
-            f"this model's learned positions are for {geometry.own_bucket} only, but the folder has {' '.join(others)}"
-        )
+        rule = f"this model's learned positions are for {geometry.own_bucket} only"
+        rule += f", but the folder has {' '.join(others)}"
         fix = "prepare that bucket, or give --ignore_learned_positional_embeddings"
         raise UsageError(f"--load_tensors: {rule}; {fix}")
 
