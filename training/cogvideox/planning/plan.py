@@ -53,9 +53,7 @@ class Sizes:
     steps: int = 0  # optimizer steps of the run, over which compilation is spread; 0 if compilation does not count
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     shards_on_host: bool = False  # whether each process stores its rows of them in host memory
-    deepspeed: bool = (
-        False  # whether ZeRO-2 shards only gradients and optimizer state, and each process has all weights
-    )
+    deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights
     sequence_parallel: int = 1  # processes that divide the tokens of a sample
 
     @property
