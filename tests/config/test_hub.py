@@ -34,11 +34,10 @@ from running import (
 
 from cogvideox.config import hub as hub_module
 from cogvideox.config.args import config_dict
-from cogvideox.config.hub import check_hub, open_repository, patiently, upload
+from cogvideox.config.hub import WAITS, check_hub, open_repository, patiently, upload
 from cogvideox.errors import UsageError
 
 TOKEN = "hf_QkXw7ThisIsTheSecretOfTheTest"
-NOW = (0.0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_no_token_and_no_network_are_seen_before_anything_loads(hub: StandIn, mo
 def test_a_saved_token_suffices(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
     assert checked("--push_to_hub") == []
-    assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), print, NOW) == "someone/my-lora"
+    assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), print) == "someone/my-lora"
     assert_kept_secret(hub)
 
 
@@ -138,7 +137,7 @@ def test_names_that_a_repository_can_have(hub: StandIn, name: str) -> None:
 
 def opened(*flags: object, said: list[str] | None = None) -> str | None:
     options = options_of(Path("out/my-lora"), "--push_to_hub", "--hub_token", TOKEN, *flags)
-    return open_repository(options, (said if said is not None else []).append, NOW)
+    return open_repository(options, (said if said is not None else []).append)
 
 
 def refused(*flags: object) -> str:
@@ -160,7 +159,7 @@ def test_the_repository_is_made_or_found(hub: StandIn) -> None:
 
 
 def test_without_push_to_hub_the_hub_is_not_contacted(hub: StandIn) -> None:
-    assert open_repository(options_of(Path("my-lora")), print, NOW) is None
+    assert open_repository(options_of(Path("my-lora")), print) is None
     assert hub.requests == []
 
 
@@ -203,7 +202,7 @@ def test_a_long_outage_is_an_error_that_does_not_show_the_token(hub: StandIn) ->
     text = refused()
     assert "503" in text
     assert "(not shown)" in text
-    assert hub.asked("repos/create") == 1 + len(NOW)
+    assert hub.asked("repos/create") == 1 + len(WAITS)
 
 
 def test_a_hub_that_cannot_be_reached(hub: StandIn) -> None:
@@ -221,12 +220,12 @@ def test_only_temporary_failures_are_retried_after_each_wait(monkeypatch: pytest
         raise error
 
     with pytest.raises(ConnectionError):
-        patiently(lambda: fails(ConnectionError()), print, (1.0, 2.0))
-    assert (len(tries), slept) == (3, [1.0, 2.0])
+        patiently(lambda: fails(ConnectionError()), print)
+    assert (len(tries), slept) == (4, list(WAITS))
     for error in (ValueError("no"), PermissionError(13, "no"), FileNotFoundError(2, "no"), KeyError("no")):
         tries.clear()
         with pytest.raises(type(error)):
-            patiently(lambda error=error: fails(error), print, (1.0, 2.0))  # type: ignore[misc]
+            patiently(lambda error=error: fails(error), print)  # type: ignore[misc]
         assert len(tries) == 1
 
 
@@ -253,7 +252,7 @@ def sent(folder: Path, said: list[str] | None = None) -> None:
     options = options_of(folder, "--push_to_hub", "--hub_token", TOKEN)
     opened("--hub_model_id", "team/style")
     files = [folder / name for name in FILES]
-    upload("team/style", options.hub, folder, files, (said if said is not None else []).append, NOW)
+    upload("team/style", options.hub, folder, files, (said if said is not None else []).append)
 
 
 def test_existing_files_are_uploaded_in_one_commit(hub: StandIn, folder: Path) -> None:
@@ -325,7 +324,7 @@ def test_a_storage_that_cannot_be_reached(hub: StandIn, folder: Path) -> None:
     hub.close("storage")
     text = unsent(folder)
     assert any(reason in text for reason in ("refused", "closed", "'NoneType' object has no attribute 'request'"))
-    assert hub.asked("objects/batch") == 1 + len(NOW)
+    assert hub.asked("objects/batch") == 1 + len(WAITS)
 
 
 # -- complete runs -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def check_hub(options: TrainOptions) -> Iterator[str]:
         yield f"{subject}: {rule}; give --hub_model_id NAME or NAMESPACE/NAME"
 
 
-def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WAITS) -> str | None:
+def open_repository(options: TrainOptions, say: Say) -> str | None:
     """Creates or finds the repository and checks that the token has write access to it.
 
     Returns:
@@ -82,16 +82,14 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
         return repository
 
     try:
-        return patiently(make, say, waits)
+        return patiently(make, say)
     except failures() as error:
         usual = "fix that, or train without the flag; afterwards the same command with it uploads"
         rule = REFUSALS.get(http_status(error) or 0, usual)
         raise UsageError(f"--push_to_hub: {name}: {reason(error, token)}: {rule}") from None
 
 
-def upload(
-    repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], say: Say, waits: Sequence[float] = WAITS
-) -> None:
+def upload(repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], say: Say) -> None:
     """Uploads files of a finished run in one commit. Unchanged files are not sent again.
 
     Raises:
@@ -108,7 +106,7 @@ def upload(
         api.create_commit(repository, operations, commit_message="Add the result of a finished run")
 
     try:
-        patiently(commit, say, waits)
+        patiently(commit, say)
     except failures() as error:
         raise UsageError(
             f"{folder}: is finished, but was not uploaded to {repository}: {reason(error, token)}; "
@@ -117,9 +115,9 @@ def upload(
     say(f"uploaded: {public_urls(api.endpoint)}/{repository}")
 
 
-def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> Result:
+def patiently(call: Callable[[], Result], say: Say) -> Result:
     """Returns the result of ``call``, and repeats it after each wait if its failure may be temporary."""
-    for wait in waits:
+    for wait in WAITS:
         try:
             return call()
         except failures() as error:
