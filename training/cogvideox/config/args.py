@@ -22,19 +22,17 @@ from types import NoneType
 from typing import Any
 
 from cogvideox import __version__, caches, console, stopping
-from cogvideox.config.conflicts import flag_problems, idle_schedule, without_effect
+from cogvideox.config.conflicts import flag_problems, remarks
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
 from cogvideox.config.options import (
     LoraOptions,
     Options,
     ScriptOptions,
-    TrainOptions,
     check_launch,
     derive,
     derive_video_size,
     fields_of,
-    image_flags,
     names_of,
 )
 from cogvideox.config.prepared_flags import as_prepared
@@ -50,7 +48,6 @@ from cogvideox.errors import (
 )
 from cogvideox.files import disk_errors_converted
 
-LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
 EPILOG = "To see every flag of this script, use --help_all."
 ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
 IDLE_HEADING = "accepted from other commands, without effect in this script"
@@ -281,20 +278,9 @@ def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
     return used[0]
 
 
-def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
-    """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
-    yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
-    yield from without_effect(options, {name for name, source in sources.items() if source.startswith("given")})
-    if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
-        yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
-    if isinstance(options, LoraOptions) and options.optimizer.offload_gradients:
-        yield "--offload_gradients: has no effect on a LoRA, whose gradients are small"
-    if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # which may contain held-out clips
-        yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
-    if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
-        rate = options.optimizer.learning_rate
-        if rate < LOW_FOR_PRODIGY:
-            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; 1 is usual"
+def foreign_remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
+    """Yields remarks about flags of other scripts and trainers, which are accepted but have no effect."""
+    return (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
 
 
 def read_flags(
@@ -399,7 +385,7 @@ def parse(
     problems.extend(found)
     options = derive_video_size(options, sources)
     if not problems and stopping.speaks():
-        for remark in remarks(options, sources):
+        for remark in (*foreign_remarks(options, sources), *remarks(options, sources)):
             print(remark, file=sys.stderr)
     if options.script.print_config and not problems:
         print(config_text(options, sources))

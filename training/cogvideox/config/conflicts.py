@@ -38,8 +38,10 @@ from cogvideox.config.options import (
     copies_and_shards,
     fsdp_offloads,
     fsdp_setting,
+    given_flags,
     held_out_flags,
     host_flags,
+    image_flags,
     launched_processes,
     parallelism_size,
     precision_of,
@@ -64,6 +66,7 @@ SCHEDULE_FLAGS = (
     ("lr_power", 1.0, ("polynomial",)),
 )
 LOW_BIT = ("use_8bit", "use_bf16_moments", "use_4bit", "use_fp8")  # the flags that store moments in few bits
+LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
 ONLY_TORCHAO, NOT_TORCHAO = ("use_4bit", "use_fp8"), ("use_bf16_moments", "use_stochastic_rounding")
 
 
@@ -80,7 +83,7 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         yield from scene_problems(options)
         return
     data: DataFlags = options.data
-    given = {name for name, source in sources.items() if source.startswith("given")}
+    given = given_flags(sources)
     yield from bucket_problems(data, given)
     if data.frame_selection == "uniform" and data.fps is not None:
         rule = "spreads the frames over the whole clip, so there is no frame rate"
@@ -227,16 +230,17 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
         yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
 
 
-def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
-    """Yields remarks about given flags whose effect other flags prevent.
+def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
+    """Yields remarks about given flags whose effect other flags prevent, or whose values are unusual.
 
     Published commands have such flags, so the run continues. A value that only says what happens anyway, such as a
     single cycle, is not remarked.
 
     Args:
         options: The options of the script, with derived values.
-        given: The names of the flags that the command line has.
+        sources: Where each value comes from, by flag.
     """
+    given = given_flags(sources)
     found: dict[str, str] = {}
     if not isinstance(options, SceneOptions) and os.path.isdir(options.model.pretrained_model_name_or_path):
         found["revision"] = "the model is a folder"
@@ -250,6 +254,8 @@ def without_effect(options: ScriptOptions, given: set[str]) -> Iterator[str]:
     if isinstance(options, TrainOptions):
         found |= without_effect_on_training(options)
     yield from (f"--{name}: has no effect; {reason}" for name, reason in found.items() if name in given)
+    if isinstance(options, TrainOptions):
+        yield from training_remarks(options)
 
 
 def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str]]:
@@ -275,6 +281,19 @@ def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str
     if validation.guidance_scale <= 1:
         rule = f"--guidance_scale {validation.guidance_scale:g} turns guidance off; give a scale above 1"
         yield from ((name, rule) for name in ("negative_prompt", "use_dynamic_cfg") if getattr(validation, name))
+
+
+def training_remarks(options: TrainOptions) -> Iterator[str]:
+    """Yields remarks about flags of a training script that fit neither its method, its data nor its optimizer."""
+    if options.data.image_column and image_flags(options) is None:
+        yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
+    if isinstance(options, LoraOptions) and options.optimizer.offload_gradients:
+        yield "--offload_gradients: has no effect on a LoRA, whose gradients are small"
+    if not options.loader.load_tensors:  # which may contain held-out clips
+        yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
+    rate = options.optimizer.learning_rate
+    if options.optimizer.kind == "prodigy" and rate < LOW_FOR_PRODIGY:
+        yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; 1 is usual"
 
 
 def draws_at_random(data: DataFlags) -> bool:

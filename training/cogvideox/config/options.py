@@ -185,6 +185,11 @@ def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
     return (item.name, *item.metadata["aliases"])
 
 
+def given_flags(sources: dict[str, str]) -> set[str]:
+    """Returns the names of the flags that the command line has; ``sources`` says where each value comes from."""
+    return {name for name, source in sources.items() if source.startswith("given")}
+
+
 def derive(options: Options, sources: dict[str, str]) -> Options:
     """Returns the options with the values that follow from other flags filled in. Reads no file.
 
@@ -207,7 +212,7 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
     if data.max_num_frames is None:
         found["data"]["max_num_frames"] = max((frames for frames, _, _ in resolutions(data)), default=49)
     if isinstance(options, TrainOptions):
-        given = {name for name, source in sources.items() if source.startswith("given")}
+        given = given_flags(sources)
         if not options.train.output_dir:
             task = "i2v-" if options.task == "i2v" else ""
             found["train"] = {"output_dir": f"cogvideox-{task}{options.method}"}
