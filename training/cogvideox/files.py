@@ -231,7 +231,7 @@ def disk_error(folder: Path, number: int, needed: int | None) -> DiskError:
 
 
 def is_readable(path: Path) -> bool:
-    """Returns whether a file or folder can be read or, if it is not found, the nearest folder that is found."""
+    """Returns whether a file or folder can be read. If there is none, the nearest folder above it is checked."""
     found = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     return os.access(found, os.R_OK | os.X_OK if found.is_dir() else os.R_OK)
 
