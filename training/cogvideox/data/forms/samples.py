@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 from cogvideox.config.flags import TENSOR_INDEX, DataFlags
 from cogvideox.config.options import SampleOptions, needs_captions, reads_clips, tensor_folder
@@ -70,11 +69,6 @@ class Listing:
     skipped: list[str]
     index: list[int]
 
-    @classmethod
-    def begin(cls, folder: Path) -> Self:
-        """Returns an empty listing of clips that are prepared into a folder."""
-        return cls([], [], [], stamp_of(folder / TENSOR_INDEX))
-
 
 def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
     """Reads the clips of every --data_root in order, each folder's as often as --repeats says.
@@ -120,13 +114,9 @@ def check_data_roots(options: SampleOptions) -> Iterator[str]:
     """
     if not reads_clips(options):
         return
-    listing = Listing.begin(tensor_folder(options))
-    for into, read in ((listing.samples, read_samples), (listing.validation, read_validation)):
-        try:
-            into.extend(read(options.data, listing.skipped, needs_captions(options)))
-        except UsageError as error:
-            yield from error.problems
+    listing, problems = _list_clips(options.data, tensor_folder(options), needs_captions(options))
     vars(options.data)[LISTING_ATTRIBUTE] = listing  # incomplete if there are problems, but then the run ends
+    yield from problems
 
 
 def take_listing(data: DataFlags, folder: Path, need_captions: bool = True) -> Listing:
@@ -146,10 +136,22 @@ def take_listing(data: DataFlags, folder: Path, need_captions: bool = True) -> L
     kept: Listing | None = vars(data).pop(LISTING_ATTRIBUTE, None)
     if kept is not None:
         return kept
-    listing = Listing.begin(folder)
-    listing.validation.extend(read_validation(data, listing.skipped, need_captions))
-    listing.samples.extend(read_samples(data, listing.skipped, need_captions))
+    listing, problems = _list_clips(data, folder, need_captions)
+    if problems:
+        raise UsageError(problems)
     return listing
+
+
+def _list_clips(data: DataFlags, folder: Path, need_captions: bool) -> tuple[Listing, list[str]]:
+    """Returns the clips of all folders and the problems of those that are left out."""
+    listing = Listing([], [], [], stamp_of(folder / TENSOR_INDEX))
+    problems: list[str] = []
+    for clips, read in ((listing.samples, read_samples), (listing.validation, read_validation)):
+        try:
+            clips.extend(read(data, listing.skipped, need_captions))
+        except UsageError as error:
+            problems.extend(error.problems)
+    return listing, problems
 
 
 def _read_folders(
