@@ -30,6 +30,10 @@ NAMED_CLASS = "a class by its dotted name"  # in messages, and as the kind of su
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")  # the weightings that use --snr_gamma
 MIXED_PRECISIONS = ("no", "fp16", "bf16")  # the values of --mixed_precision
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
+# The lists of a folder, if no flag names others.
+CAPTION_FILES, VIDEO_FILES, IMAGE_FILES = ("prompts.txt", "prompt.txt"), ("videos.txt",), ("images.txt",)
+FRAME_SELECTIONS = ("middle", "head", "random", "uniform")
+RESHAPE_MODES = ("none", "center", "random")
 MEMORY_PLACES = ("auto", "device", "host")  # where a plan may keep weights, activations and optimizer state
 CAPTION_PROMPT = (  # default of --caption_prompt
     "These are {frames} frames of a video clip of {seconds} seconds, in order. Describe the clip in one paragraph of "
@@ -249,14 +253,14 @@ class DataFlags(FolderFlags):
         "middle",
         "position of the frames to use: in the middle, at the start (head), at random for each variant, or spread "
         "over the clip (uniform)",
-        choices=("middle", "head", "random", "uniform"),
+        choices=FRAME_SELECTIONS,
     )
     skip_frames_start: int = flag(0, "source frames to skip at the start of each clip", least=0)
     skip_frames_end: int = flag(0, "source frames to skip at the end of each clip", least=0)
     video_reshape_mode: str = flag(
         "none",
         "how a clip is fitted to its bucket: none stretches it; center and random crop it and keep its aspect ratio",
-        choices=("none", "center", "random"),
+        choices=RESHAPE_MODES,
     )
     random_flip: float | None = flag(
         None, "probability that a variant of a clip is mirrored", const="0.5", least=0.0, most=1.0

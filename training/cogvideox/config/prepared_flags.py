@@ -12,18 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvideox.config.flags import TENSOR_INDEX, DataFlags, EncodeFlags
+from cogvideox.config.flags import CAPTION_FILES, IMAGE_FILES, TENSOR_INDEX, VIDEO_FILES, DataFlags, EncodeFlags
 from cogvideox.config.options import Options, TrainOptions, fields_of, resolution
 from cogvideox.errors import UsageError
 
 INDEX_FORMATS = (3, 4)  # versions of index.json; version 3 has no recipe
 MOMENTS = "video_latents"  # a subfolder with this name shows that the CogVideoX factory prepared a folder
 BUCKETS = ("train_resolution", "frame_buckets", "height_buckets", "width_buckets", "max_num_frames")
-LISTS = {
-    "caption_column": ("prompts.txt", "prompt.txt"),
-    "video_column": ("videos.txt",),
-    "image_column": ("images.txt",),
-}
+LISTS = {"caption_column": CAPTION_FILES, "video_column": VIDEO_FILES, "image_column": IMAGE_FILES}
 CLIPS = (
     *("bucket_choice", "max_upscale", "fps", "frame_selection", "skip_frames_start", "skip_frames_end"),
     *("video_reshape_mode", "random_flip", "num_augmentations", "video_reader"),

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from shlex import quote
 
-from cogvideox.config.flags import TENSOR_FOLDER, FolderFlags
+from cogvideox.config.flags import CAPTION_FILES, IMAGE_FILES, TENSOR_FOLDER, VIDEO_FILES, FolderFlags
 from cogvideox.data.forms.columns import (
     NO_CAPTION,
     NO_CAPTIONS,
@@ -32,9 +32,6 @@ from cogvideox.data.forms.paths import PathRules, fold_name
 from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
 from cogvideox.errors import first_names
 
-CAPTION_FILES = ("prompts.txt", "prompt.txt")
-VIDEO_FILES = ("videos.txt",)
-IMAGE_FILES = ("images.txt",)
 TABLE_FILES = ("metadata.csv", "metadata.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # without .json: most such files are no tables
 MEDIA_SUFFIXES = (

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from cogvideox.config.flags import FRAME_SELECTIONS
 from cogvideox.data.media.faults import VideoError
 from cogvideox.errors import plural
 
@@ -22,7 +23,6 @@ from cogvideox.errors import plural
 ON_BLACK = "alpha on black"
 ICC = "icc"
 
-SELECTIONS = ("middle", "head", "random", "uniform")
 
 _CLOCK = 1e-3  # seconds; mkv, webm and flv round their timestamps to milliseconds
 _SECTION_SLACK = 1e-3  # seconds; the times of a section are rounded to milliseconds
@@ -218,8 +218,8 @@ def frame_indices(
         VideoError: The clip is too short.
         ValueError: An argument is out of range.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"frame selection {selection!r}: must be one of {', '.join(SELECTIONS)}")
+    if selection not in FRAME_SELECTIONS:
+        raise ValueError(f"frame selection {selection!r}: must be one of {', '.join(FRAME_SELECTIONS)}")
     if count < 1 or not 0 <= draw < 1:
         raise ValueError(f"count {count} must be at least 1 and draw {draw} in [0, 1)")
     window = _window(times, skip_start, skip_end)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cogvideox.config.flags import RESHAPE_MODES
+
 if TYPE_CHECKING:
     from PIL import Image
-
-CROP_MODES = ("none", "center", "random")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def fit(
     Raises:
         ValueError: The mode or a random number is not valid.
     """
-    if mode not in CROP_MODES:
-        raise ValueError(f"crop mode {mode!r}: must be one of {', '.join(CROP_MODES)}")
+    if mode not in RESHAPE_MODES:
+        raise ValueError(f"crop mode {mode!r}: must be one of {', '.join(RESHAPE_MODES)}")
     if mode == "none":
         return Fit(bucket_height, bucket_width, 0, 0, bucket_height, bucket_width, flip)
     resize_height, resize_width = _cover(height, width, bucket_height, bucket_width)
