@@ -186,25 +186,22 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> Ta
     if None in lines:
         return None
     with cells_of_any_size():
-        rows = _csv_rows(separator_of(delimiter, lines), file, lines, problems)
-        columns = [name.strip() for name in next(rows, (range(0), []))[1]]
+        found = _csv_rows(separator_of(delimiter, lines), file, lines, problems)
+        columns = [name.strip() for name in next(found, (range(0), []))[1]]
         if not _is_header(columns, file, problems):
             return None
-        table = Table(file, columns, [], numbers := [], spans=(spans := []))
-        for span, cells in rows:
-            if len(cells) != len(columns):
-                number = span.start + 1
-                rule = f"has {plural(len(cells), 'cell')}, but {plural(len(columns), 'column')}"
-                more = len(cells) > len(columns)
-                fix = (
-                    "put quotes around cells with a separator" if more else "add the missing cells, which may be blank"
-                )
-                problems.add("wrong number of cells", f"{file}:{number}: {rule}; {fix}")
+        rows: list[dict[str, Any]] = []
+        spans: list[range] = []
+        for span, cells in found:
+            if len(cells) == len(columns):
+                rows.append(dict(zip(columns, cells, strict=True)))
+                spans.append(span)
                 continue
-            table.rows.append(dict(zip(columns, cells, strict=True)))
-            numbers.append(span.start + 1)
-            spans.append(span)
-    return table
+            rule = f"has {plural(len(cells), 'cell')}, but {plural(len(columns), 'column')}"
+            many = len(cells) > len(columns)
+            fix = "put quotes around cells with a separator" if many else "add the missing cells, which may be blank"
+            problems.add("wrong number of cells", f"{file}:{span.start + 1}: {rule}; {fix}")
+    return Table(file, columns, rows, [span.start + 1 for span in spans], spans=spans)
 
 
 def separator_of(usual: str, lines: Lines) -> str:
