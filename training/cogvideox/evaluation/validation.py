@@ -104,7 +104,7 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Returns unreferenced memory to the device."""
+    """Gives unreferenced memory back to the device."""
     gc.collect()
     torch.cuda.empty_cache()
 

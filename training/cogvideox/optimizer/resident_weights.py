@@ -47,6 +47,7 @@ class Optimized:
 
         Args:
             gradients: One fp32 gradient per master.
+            lr: The learning rate.
             divisor: Scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
             skipped: Scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
                 caller divides and skips.

@@ -187,7 +187,7 @@ class Ranks:
         return values[0]
 
     def wait_for_everyone(self) -> None:
-        """Returns when every process has called this."""
+        """Waits until every process has called this."""
         if self._patient is not None:
             with stopping.waiting():
                 dist.barrier(self._patient)

@@ -138,6 +138,7 @@ def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | 
 
 
 def _detect_form(root: str, rules: PathRules, problems: Problems) -> Columns:
+    """Reads a folder for which no flag names a file: its table, else its lists, else its clips with captions."""
     captions, videos = _files(root, CAPTION_FILES), _files(root, VIDEO_FILES)
     tables = _files(root, TABLE_FILES)
     choices = {name: f"--dataset_file {quote(name)}" for name in tables}
@@ -168,6 +169,7 @@ def _text_files(root: str) -> str:
 
 
 def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
+    """Reads lists that have a line for each clip; a name that is None stands for the usual names of that list."""
     captions = _read_list(root, names[0], CAPTION_FILES, "--caption_column", rules, problems)
     videos = _read_list(root, names[1], VIDEO_FILES, "--video_column", rules, problems)
     # images.txt belongs to videos.txt; a list with another name may be about other clips.
@@ -198,6 +200,7 @@ def _without_blank_end(values: Sequence[str | None], least: int = 0) -> Sequence
 def _read_list(
     root: str, name: str | None, defaults: Sequence[str], flag: str, rules: PathRules, problems: Problems
 ) -> Column | None:
+    """Reads the lines of a list, some of which may be blank; None if there is no such list or it cannot be read."""
     files = _files(root, defaults if name is None else (name,))
     if not files:
         listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"

@@ -162,6 +162,7 @@ def _read_folders(
     skipped: list[str],
     need_captions: bool,
 ) -> list[Sample]:
+    """Reads the clips of folders as often as ``repeats`` says, and raises the problems of all folders together."""
     # A single number applies to all folders. The check of the flags reports a wrong count.
     times = repeats if len(repeats) == len(folders) else [repeats[0]] * len(folders)
     uses: dict[str, int] = {}
