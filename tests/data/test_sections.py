@@ -98,9 +98,9 @@ def test_a_section_has_its_own_key_and_a_whole_file_keeps_its_key(scenes: Path) 
 
 @pytest.fixture
 def read_as(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lists how complete files are read: "probe" or "content_hash"."""
+    """Lists how complete files are read: "probe" or "file_hash"."""
     found: list[str] = []
-    for module, name in ((decode, "probe"), (clips, "content_hash")):
+    for module, name in ((decode, "probe"), (clips, "file_hash")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, name=name, real=real: (found.append(name), real(path))[1])
     return found
@@ -127,11 +127,11 @@ def test_the_sections_of_a_file_are_planned_after_reading_it_once(
     file = shutil.copy(scenes, tmp_path / "a.mp4")
     sections = [Section(0.0, 3.0), Section(3.0, 6.0), Section(1.0, 4.0)]
     found = [plan_clip(file, RECIPE, section).content for section in sections]
-    assert read_as == ["probe", "content_hash"]
+    assert read_as == ["probe", "file_hash"]
     with open(file, "ab") as end:
         end.write(b"\0\0\0\x08free")
     assert plan_clip(file, RECIPE, sections[0]).content not in found
-    assert read_as == ["probe", "content_hash"] * 2
+    assert read_as == ["probe", "file_hash"] * 2
 
 
 def test_the_sections_of_a_file_are_captioned_after_reading_it_once(
@@ -176,11 +176,11 @@ def test_a_file_is_read_once_for_all_sections_that_are_encoded_or_verified(
     (data / "metadata.csv").write_text("file_name,text,start,end\nlong.mp4,Dark,0,3\nlong.mp4,Bright,3,6\n")
     flags = data_flags(data, max_upscale=9.0)
     assert len(complete(model, data, tmp_path / "out", flags=flags).samples) == 2
-    assert read_as == ["probe", "content_hash"]
+    assert read_as == ["probe", "file_hash"]
     read_as.clear()
     made = preparation(model, data, tmp_path / "out", flags=flags)
     assert find_faults(made, made.plan()) == []
-    assert read_as == ["content_hash"]
+    assert read_as == ["file_hash"]
     status = os.stat(data / "long.mp4")
     with open(data / "long.mp4", "r+b") as file:
         file.write(b"x")

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
+from cogvideox.files import file_hash
 from cogvideox.model import transformer_files
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.engine import LocalEngine
-from cogvideox.runtime.checkpoint_files import file_hash
 from cogvideox.tensor_files import DTYPES, Piece, pieces_of, write_tensors
 
 

@@ -805,7 +805,7 @@ def test_nothing_is_probed_or_decoded_in_this_process(
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("in the main process")
 
-    for name in ("read_frames", "probe_once", "content_hash"):
+    for name in ("read_frames", "probe_once", "file_hash"):
         monkeypatch.setattr(clips_module, name, never)
     with pytest.raises(AssertionError, match="in the main process"):
         decode_variant(clips / "videos/00000.mp4", Variant((0,), Fit(8, 8, 0, 0, 8, 8, False), "pyav"))

@@ -246,6 +246,12 @@ def check_readable(path: Path) -> None:
         pass
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of the content of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:
     """Yields (bytes, "needed") and (bytes, "free"), as far as they are known."""
     if needed is not None:

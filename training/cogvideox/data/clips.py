@@ -11,7 +11,6 @@ torch, so that decode workers need little memory.
 """
 
 import errno
-import hashlib
 import math
 import os
 import time
@@ -30,7 +29,7 @@ from cogvideox.data.media.pixels.decode import probe_once, read_frames
 from cogvideox.data.media.transforms import apply_fit, fit
 from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
 from cogvideox.errors import UsageError, one_line, plural
-from cogvideox.files import stamp_of
+from cogvideox.files import file_hash, stamp_of
 from cogvideox.rng import uniform
 
 StrPath = str | os.PathLike[str]
@@ -90,23 +89,17 @@ class ClipRecipe:
         )
 
 
-def content_hash(path: StrPath) -> str:
-    """Returns the SHA-256 of the bytes of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # Scenes of a long video follow each other, so a process hashes it once for all of them. A changed file has another
 # stamp, see stamp_of.
 @lru_cache(maxsize=1)
 def _content_of(path: str, _stamp: tuple[int, ...]) -> str:
-    return content_hash(path)
+    return file_hash(path)
 
 
 def content_change(path: str, content: str) -> str | None:
     """Returns None if a file still has the content hash ``content``, or else a phrase that says why not."""
     try:
-        return None if content_hash(path) == content else "its content has changed since it was planned"
+        return None if file_hash(path) == content else "its content has changed since it was planned"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -158,7 +151,7 @@ def plan_image(path: StrPath) -> ClipRecord:
         if info.num_frames > 1:
             rule = f"is a video of {info.num_frames} frames, but a first frame must be a still image"
             return replace(record, reason=f"{rule}; list an image, or no images to take the first frames of the clips")
-        return replace(record, status=OK, content=content_hash(path))
+        return replace(record, status=OK, content=file_hash(path))
 
     return _probe_and_plan(path, image_request(path), plan)
 

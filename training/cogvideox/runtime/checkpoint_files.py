@@ -6,7 +6,6 @@ and verified, and loses it before it is deleted. A damaged checkpoint is renamed
 inspect it.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any
 from cogvideox import stopping
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DISK_LOSES, DiskError, first_line
-from cogvideox.files import fsync, stamp_of, write_atomically
+from cogvideox.files import file_hash, fsync, stamp_of, write_atomically
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
@@ -44,12 +43,6 @@ def newest_until(found: list[Path], step: int) -> Path | None:
 
 
 # -- complete or damaged -----------------------------------------------------------------------------------------------
-
-
-def file_hash(path: Path) -> str:
-    """Returns the SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Damage(ValueError):

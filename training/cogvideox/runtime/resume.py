@@ -28,7 +28,7 @@ from cogvideox.config.options import (
 )
 from cogvideox.data.cache import CacheIndex
 from cogvideox.errors import UsageError, first_names, plural
-from cogvideox.files import write_atomically
+from cogvideox.files import file_hash, write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.models import weight_fingerprint
 from cogvideox.model.tasks import Task
@@ -40,7 +40,6 @@ from cogvideox.runtime.checkpoint_files import (
     PROGRESS_NAME,
     checkpoints,
     damage_of,
-    file_hash,
     intact_checkpoints,
     keep_damaged,
     read_checkpoint_json,
