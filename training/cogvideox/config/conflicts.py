@@ -36,6 +36,7 @@ from cogvideox.config.options import (
     TrainOptions,
     asked_of_plan,
     copies_and_shards,
+    frame_counts,
     fsdp_offloads,
     fsdp_setting,
     given_flags,
@@ -47,7 +48,6 @@ from cogvideox.config.options import (
     precision_of,
     reads_clips,
     resolution,
-    resolutions,
     samples_per_step,
     separated,
     target_pattern,
@@ -122,7 +122,7 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
     lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
     if data.train_resolution and lists:
         yield f"--train_resolution: contradicts --{', --'.join(lists)}; give one or the other"
-    counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets
+    counts = frame_counts(data)
     if data.max_num_frames is not None and min(counts) > data.max_num_frames:
         yield (
             f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
@@ -304,8 +304,7 @@ def draws_at_random(data: DataFlags) -> bool:
 def longer_buckets(data: DataFlags) -> Iterator[str]:
     """Yields a remark about buckets that are longer than --max_num_frames, so that no clip is trained at them."""
     name = "train_resolution" if data.train_resolution else "frame_buckets"
-    counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets or ()
-    longer = [frames for frames in counts if frames > (data.max_num_frames or frames)]
+    longer = [frames for frames in frame_counts(data) if frames > (data.max_num_frames or frames)]
     if longer:
         rule = f"longer than --max_num_frames {data.max_num_frames}, so no clip is trained at them"
         yield f"--{name}: {' and '.join(map(str, longer))} frames are {rule}; give --max_num_frames {max(longer)}"

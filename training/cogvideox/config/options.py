@@ -282,6 +282,11 @@ def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
 
 
+def frame_counts(data: DataFlags) -> Sequence[int]:
+    """Returns the number of frames of each bucket that the flags list; none if a prepared folder records none."""
+    return [frames for frames, _, _ in resolutions(data)] or data.frame_buckets or ()
+
+
 def image_flags(options: SampleOptions) -> ImageFlags | None:
     """Returns the flags of an image-to-video script, or None for other scripts."""
     flags: ImageFlags | None = getattr(options, "image", None)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import TENSOR_INDEX, DataFlags
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.options import TrainOptions, image_flags, resolutions
+from cogvideox.config.options import TrainOptions, frame_counts, image_flags
 from cogvideox.config.prepared_flags import MOMENTS, is_factory_layout
 from cogvideox.data.cache import (
     CachedSample,
@@ -281,8 +281,7 @@ def bucket_of(shape: tuple[int, ...], geometry: Geometry, data: DataFlags) -> Bu
     _, latents, height, width = shape
     compression = geometry.temporal_compression
     usual = (latents - 1) * compression + 1 if latents % 2 else latents * compression
-    listed = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets
-    frames = next((count for count in listed if geometry.latent_frames(count) == latents), usual)
+    frames = next((count for count in frame_counts(data) if geometry.latent_frames(count) == latents), usual)
     return Bucket(frames, height * geometry.spatial_compression, width * geometry.spatial_compression)
 
 
