@@ -50,7 +50,8 @@ from cogvideox.planning import choice, costs, execution, plan
 from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import FRAGMENTS, GIB, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
-from cogvideox.runtime.ranks import Ranks, alone
+from cogvideox.runtime.ranks import alone
+from cogvideox.runtime.run import Run
 
 Tiny = Callable[[str], Path]
 LEAN = ("--plan", "lean")
@@ -164,7 +165,7 @@ def test_a_machine_that_cannot_share_weights_says_what_copies_cost(
     here = Neighbors(first=0, number=2, own=0, gather=lambda items: items * 2)
     monkeypatch.delattr("cogvideox.memory.shared.os.memfd_create")
     monkeypatch.setattr(execution, "neighbors_of", lambda _: here)
-    monkeypatch.setattr(Ranks, "say", lambda _, *lines: said.extend(lines))
+    monkeypatch.setattr(Run, "say", lambda _, line: said.append(line))  # on stderr, as all lines of a run
     monkeypatch.setattr(plan, "GIB", 2**10)
     run(model, tensors, tmp_path / "lora", *LEAN)
     (line,) = (line for line in said if line.startswith("streamed weights"))

@@ -615,7 +615,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     with explain_machine_errors():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         run.startup.done("block check")
-        trained_blocks = apply_plan(transformer, plan, run.device, run.ranks)
+        trained_blocks = apply_plan(transformer, plan, run.device, run)
         run.startup.done("placing weights")
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)

@@ -592,21 +592,19 @@ def seconds_of(run: Callable[[], object], calls: int) -> float:
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def apply_plan(
-    transformer: Any, chosen: Plan, device: torch.device, ranks: Ranks | None = None
-) -> TrainedBlocks | None:
+def apply_plan(transformer: Any, chosen: Plan, device: torch.device, run: Run | None = None) -> TrainedBlocks | None:
     """Moves the transformer from the CPU to where the plan wants it, and makes it run under the plan.
 
     Args:
         transformer: The transformer, on the CPU.
         chosen: The plan.
         device: Where the transformer computes.
-        ranks: The processes of the run. Those of one machine share the frozen weights of streamed blocks.
+        run: The run, whose processes on one machine share the frozen weights of streamed blocks.
 
     Returns:
         The blocks of which all weights are trained, or None if the plan does not place them.
     """
-    group = ranks.sequence if ranks is not None else None
+    group = run.ranks.sequence if run is not None else None
     if isinstance(chosen, ExecutionPlan) and chosen.deepspeed:
         ModuleStack(transformer.to(device), chosen, device, group)
         return None
@@ -614,13 +612,13 @@ def apply_plan(
         ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads(), group)
         return None
     if isinstance(chosen, ExecutionPlan):
-        neighbors = neighbors_of(ranks) if ranks is not None else None
+        neighbors = neighbors_of(run.ranks) if run is not None else None
         stack = Stack(transformer, chosen, device, neighbors, group)
         stack.install()
-        if ranks is not None and neighbors is not None and stack.ring and not stack.trains_all:
+        if run is not None and neighbors is not None and stack.ring and not stack.trains_all:
             number, copied = neighbors.number, sum(host.numel() for host in stack.ring.hosts.values())
             more = copied * (number - 1) / number / plan.GIB
-            ranks.say(SHARED.format(number) if stack.shares else NOT_SHARED.format(number, more))
+            run.say(SHARED.format(number) if stack.shares else NOT_SHARED.format(number, more))
         return stack.trained_blocks
     transformer.to(device)
     if chosen.recompute:
