@@ -46,6 +46,7 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "sample_height": 60,
     "sample_width": 90,
     "sample_frames": 49,
+    "num_attention_heads": 30,
     "attention_head_dim": 64,
     "use_rotary_positional_embeddings": False,
     "use_learned_positional_embeddings": False,
@@ -53,7 +54,6 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "max_text_seq_length": 226,
     "text_embed_dim": 4096,
 }
-DEFAULT_HEADS = 30
 VAE_DEFAULTS: dict[str, Any] = {
     "latent_channels": 16,
     "block_out_channels": (128, 256, 256, 512),
@@ -317,7 +317,7 @@ def check_heads(options: TrainOptions) -> Iterator[str]:
     parallel = options.plan.sequence_parallel
     if parallel == 1:
         return
-    heads = read_config(options.model, "transformer", "config.json").get("num_attention_heads", DEFAULT_HEADS)
+    heads = (TRANSFORMER_DEFAULTS | read_config(options.model, "transformer", "config.json"))["num_attention_heads"]
     if parallel > heads:
         rule = f"each process computes at least one attention head, and the model has {heads}"
         yield f"--sequence_parallel {parallel}: {rule}; nearest: --sequence_parallel {heads}"
