@@ -86,20 +86,20 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     if prepare.verify or prepare.repair:
         records = preparation.plan()
         faults = ranks.gather(find_faults(preparation, records))
-        ranks.say(*(fault.text for fault in faults), f"faults: {len(faults)}")
+        ranks.print(*(fault.text for fault in faults), f"faults: {len(faults)}")
         if prepare.verify:
             return 1 if faults else 0
         repair(preparation, faults, records)
     if prepare.dry_run:
         with preparation.workers_kept():
             records = preparation.plan()
-            with publishing(folder, ranks.say):
-                ranks.say(describe(preparation, records, costs=True))
+            with publishing(folder, ranks.print):
+                ranks.print(describe(preparation, records, costs=True))
         preparation.check(records)
         return 0
-    index = prepare_and_report(preparation, ranks.say, prepare.batch_size)
+    index = prepare_and_report(preparation, ranks.print, prepare.batch_size)
     given = shlex.quote(str(folder))
-    ranks.say(f"{plural(len(index.samples), 'sample')} in {folder}; train with --data_root {given} --load_tensors")
+    ranks.print(f"{plural(len(index.samples), 'sample')} in {folder}; train with --data_root {given} --load_tensors")
     return 0
 
 

@@ -164,7 +164,7 @@ class Ranks:
         if connected:
             stopping.join_ranks(connect_store(attempt), self.process_index, self.num_processes, patience)
 
-    def say(self, *lines: str) -> None:
+    def print(self, *lines: str) -> None:
         """Prints lines on the standard output, from the main process only, without breaking a progress bar."""
         if self.is_main_process:
             tqdm.write("\n".join(lines))
