@@ -192,6 +192,16 @@ class Updates(Prefetch):
         state: The bytes of state, which comes in and leaves.
         gradients: The bytes of gradients, which come in; for them new weights leave.
         ranges: The number of ranges.
+
+    Attributes:
+        passes: Whether a block's state passes behind that of all present blocks, because the block is not present.
+        later: Seconds in which the state of the blocks after a block passes behind.
+        waits: Whether a block has ranges that wait for what leaves early.
+        to_come: Seconds in which the last copies of a block come in when its early part has left.
+        rest: Seconds of the copies that leave when a block has been updated.
+        leaving: Seconds of all copies that leave for the next present block.
+        lead: Seconds by which the first of these begins before all copies of that block have come in.
+        slots: Seconds of its copies that the slots have room for.
     """
 
     def __init__(
