@@ -82,12 +82,6 @@ class Search:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class _Part:
-    search: Search
-    is_last: bool
-
-
 def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterator[Search]:
     """Yields the finished search of each file, in the order of the files.
 
@@ -97,29 +91,28 @@ def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterat
         limits: Time and memory that decoding one part of a file may use.
     """
     with Workers(usual_number(limits), limits) as workers:
-        for part, frames in workers.run_keyed(_jobs(paths, flags, workers)):
-            search = part.search
+        for (search, is_last), frames in workers.run_keyed(_jobs(paths, flags, workers)):
             if isinstance(frames, np.ndarray) and not search.problem:
                 search.detector.see(frames)
             elif not search.problem:
                 reason = frames.reason if isinstance(frames, Killed) else frames
                 search.problem = reason.removeprefix(f"{search.path}: ")
             stopping.unit("part of a video")
-            if part.is_last:
+            if is_last:
                 yield search
 
 
-def _jobs(paths: Sequence[str], flags: SceneFlags, workers: Workers) -> Iterator[tuple[_Part, Job]]:
-    """Yields the parts of all files, each with the job that decodes it."""
+def _jobs(paths: Sequence[str], flags: SceneFlags, workers: Workers) -> Iterator[tuple[tuple[Search, bool], Job]]:
+    """Yields, for each part of a file, the search, whether the part is the last one, and the job that decodes it."""
     for path, info in zip(paths, workers.run((info_of, path) for path in paths), strict=True):
         detector = CutDetector(flags)
         if not isinstance(info, VideoInfo):
             reason = info.reason if isinstance(info, Killed) else info
-            yield _Part(Search(path, None, detector), is_last=True), (str, reason)
+            yield (Search(path, None, detector), True), (str, reason)
             continue
         search = Search(path, info, detector)
         for frames in parts_of(info):
-            yield _Part(search, frames.stop == info.num_frames), (small_frames, path, info, frames, FRAME_SIZE)
+            yield (search, frames.stop == info.num_frames), (small_frames, path, info, frames, FRAME_SIZE)
 
 
 def parts_of(info: VideoInfo) -> Iterator[range]:
