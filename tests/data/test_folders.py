@@ -591,6 +591,52 @@ def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
     assert captions(tmp_path / "pairs") == ["B", "dsc", "b"]
 
 
+def test_a_path_may_leave_out_the_ending_of_its_clip(tmp_path: Path) -> None:
+    """As in tables of data sets that identify their clips by ids."""
+    touch(tmp_path, "clips/a.v1.MP4", "clips/a.v1.txt", "clips/a.v2.webm", "f.mov")
+    touch(tmp_path, "c.mp4", "c.webm", "d.mp4.mkv", "e/x")
+    rows = {"clips/a.v1": "clips/a.v1.MP4", "CLIPS\\A.v2": "clips/a.v2.webm", "f": "f.mov"}
+    flags = table(tmp_path, "video,text\n" + "".join(f"{path},x\n" for path in rows))
+    assert [sample.video for sample in read(tmp_path, **flags)] == [str(tmp_path / name) for name in rows.values()]
+    assert [sample.id for sample in read(tmp_path, **flags)] == ["clips/a.v1", "CLIPS/A.v2", "f"]
+    flags = table(tmp_path, "video,text\nc,x\nd.mp4,x\nclips/a,x\ne,x\n")
+    assert [problem.split(": ", 1)[1] for problem in problems(tmp_path, **flags)] == [
+        "c: matches several files: c.mp4, c.webm; write the ending of one, too",
+        f"d.mp4: no such file in {tmp_path}; nearest: d.mp4.mkv",
+        f"clips/a: no such file in {tmp_path}; nearest: a.mp4",
+        "e: is a folder; it must be a file with the video",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("rabbit.mp4", "videos/rabbit.mp4"),  # in another folder
+        ("clips/rabbit.mp4", "videos/rabbit.mp4"),
+        ("videos/rabbit.webm", "videos/rabbit.mp4"),  # with another ending
+        ("videos/twice.mkv", "videos/twice.mp4"),
+        ("more/twice.mkv", "more/twice.mov"),
+        ("videos/rabit.mp4", "videos/rabbit.mp4"),  # with other letters
+        ("videos/clip_1.mp4", "videos/clip_01.mp4"),
+        ("'clip_01.mp4'", "videos/clip_01.mp4"),
+        ("my%20clip.mp4", "videos/my clip.mp4"),
+    ],
+)
+def test_a_path_that_is_not_found_names_the_nearest_file(tmp_path: Path, path: str, nearest: str) -> None:
+    touch(tmp_path, *(f"videos/{name}" for name in ("rabbit.mp4", "clip_01.mp4", "my clip.mp4", "twice.mp4")))
+    touch(tmp_path, "more/twice.mov", "videos/rabbit.txt", ".hidden/rabbit.mp4", "@eaDir/rabbit.mp4")
+    assert (
+        f"{path}: no such file in {tmp_path}; nearest: {nearest}"
+        in problems(tmp_path, **table(tmp_path, f'video,text\n"{path}",x\n'))[0]
+    )
+
+
+def test_a_path_like_no_other_names_the_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "videos/rabbit.mp4")
+    (found,) = problems(tmp_path, **table(tmp_path, "video,text\nlighthouse.mp4,x\n"))
+    assert found.endswith(f"lighthouse.mp4: no such file in {tmp_path}; paths are relative to that folder")
+
+
 def test_a_search_for_spellings_does_not_leave_the_folder(tmp_path: Path) -> None:
     root = touch(tmp_path / "data", "a.mp4")
     touch(tmp_path / "other", "Secret.mp4")

@@ -28,28 +28,18 @@ from cogvideox.data.forms.columns import (
     Problems,
     read_lines,
 )
-from cogvideox.data.forms.paths import PathRules, fold_name
+from cogvideox.data.forms.paths import MEDIA_SUFFIXES, PathRules, fold_name, is_listed
 from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
 from cogvideox.errors import first_names
 
 TABLE_FILES = ("metadata.csv", "metadata.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # without .json: most such files are no tables
-MEDIA_SUFFIXES = (
-    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
-    ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
-)  # fmt: skip
 # Files that are neither clips nor captions, and that nobody could mistake for one. All others are reported as skipped.
 TEXT_SUFFIXES = (
     "", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html",
     ".log", ".srt", ".vtt", ".ass", ".nfo", ".url", ".sh", ".py", ".bat", ".pdf", ".sha256", ".md5", ".pt",
     ".safetensors", ".npy", ".npz", ".parquet", ".part", ".tmp", ".lrv", ".thm", ".aae", ".xmp",
 )  # fmt: skip
-# Files and folders that file managers and network storage create. They are skipped, as hidden files are.
-JUNK = {
-    "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
-    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
-}  # fmt: skip
 # First words in the names of text files that are about the data set and are not captions.
 DOCUMENTS = {
     "readme", "license", "licence", "copying", "copyright", "notice", "changelog", "changes", "authors", "credits",
@@ -376,9 +366,7 @@ def _names(folder: str, problems: Problems) -> list[str]:
     except OSError as error:
         problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
         return []
-    return sorted(
-        name for name in names if not (name.startswith((".", "~$")) or name == TENSOR_FOLDER or fold_name(name) in JUNK)
-    )
+    return sorted(name for name in names if is_listed(name) and name != TENSOR_FOLDER)
 
 
 def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:

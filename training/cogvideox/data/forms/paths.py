@@ -2,12 +2,14 @@
 
 ``PathRules`` is the entry point. Its method ``find`` turns a column of paths into files, and ``problem_with`` checks a
 single path. Files are also found where their names are spelled in another way: with accents composed or decomposed, in
-another letter case, or with backslashes.
+another letter case, with backslashes, or without the ending of a clip. For a path that is not found, the message names
+the nearest file.
 
 A list may name pipes and devices, which block a program that opens them. So each path is first inspected with lstat,
 and only regular files that are small enough to be Git LFS pointers are opened.
 """
 
+import difflib
 import os
 import re
 import stat
@@ -15,8 +17,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from shlex import quote
+from urllib.parse import unquote
 
-from cogvideox.data.forms.columns import POINTER, Column, Problems, is_unicode
+from cogvideox.data.forms.columns import EXAMPLES, POINTER, Column, Problems, is_unicode
 from cogvideox.errors import first_names
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
@@ -25,7 +28,20 @@ _URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _ABSOLUTE = re.compile(r"(/|[A-Za-z]:[\\/]|\\\\).+")  # of Linux, of Windows, or of a network share
 _PLAIN = re.compile(r"[\w/.-]+")  # has no characters that are special to sed or to a shell
 _OUTSIDE = "outside the data root"
+MOST_SEARCHED = 100_000  # names below a folder among which the nearest to a missing one is searched
+MOST_COMPARED = 5_000  # names that are compared letter by letter
+MEDIA_SUFFIXES = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
+    ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
+# Files and folders that file managers and network storage create. They are skipped, as hidden files are.
+JUNK = {
+    "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
 
+_ByName = dict[str, list[str]]  # Maps the folded form of a name (see fold_name) to the files that have it.
 PathProblem = tuple[str, str] | None  # None, or the kind of the problem and a line with the reason and the fix
 
 
@@ -42,7 +58,9 @@ class PathRules:
         # They end in a separator, because otherwise /data would allow /database.
         self._allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (root, *allow_paths))
         self._real_parents: dict[str, str] = {}
-        self._names: dict[str, dict[str, list[str]]] = {}
+        self._names: dict[str, tuple[_ByName, _ByName]] = {}
+        self._below: dict[str, _ByName] = {}
+        self._num_compared = 0
 
     def find(self, column: Column, what: str, problems: Problems) -> list[str | None]:
         """Finds the file of each path in a column, and adds a problem for each path that cannot be used.
@@ -70,15 +88,21 @@ class PathRules:
         """Returns the file that a path means, also under another spelling, and what is wrong with it."""
         full = os.path.join(column.folder, path)
         problem = self.problem_with(path, column.folder, what)
-        if problem is None or problem[0] not in (_OUTSIDE, f"missing {what}") or os.path.lexists(full):
+        missing = f"missing {what}"
+        if problem is None or problem[0] not in (_OUTSIDE, missing) or os.path.lexists(full):
             return full, problem
         spelled = self._spelled(column.folder, path)
         if len(spelled) == 1:
             return os.path.join(column.folder, spelled[0]), self.problem_with(spelled[0], column.folder, what)
         if spelled:
-            rule = f"matches several files that are spelled differently: {first_names(spelled)}; rename all but one"
-            return full, ("ambiguous name", f"{path}: {rule}")
-        return full, self._foreign(path, column, row) or problem
+            kind, fix = " that are spelled differently", "rename all but one"
+            if not _is_complete(path):
+                kind, fix = "", "write the ending of one, too"
+            return full, ("ambiguous name", f"{path}: matches several files{kind}: {first_names(spelled)}; {fix}")
+        problem = self._foreign(path, column, row) or problem
+        if problem[0] == missing and (near := self._nearest(column.folder, path)):
+            problem = missing, f"{path}: no such file in {column.folder}; nearest: {near}"
+        return full, problem
 
     def _foreign(self, path: str, column: Column, row: int) -> PathProblem:
         """Returns the problem of an absolute path of another machine if its end is the path of a file in the folder."""
@@ -95,8 +119,8 @@ class PathRules:
     def _spelled(self, folder: str, path: str) -> list[str]:
         """Returns the files below a folder whose paths differ from this one only in spelling.
 
-        The spelling may differ in Unicode's normal form, in letter case, or in backslashes. If some have the same
-        letter case, only those are returned. Folders that may not be read are not listed.
+        The spelling may differ in Unicode's normal form, in letter case, or in backslashes, or lack the ending of a
+        clip. If some have the same letter case, only those are returned. Folders that may not be read are not listed.
         """
         inside = path.replace("\\", "/").removeprefix(os.path.join(folder, ""))
         parts = [part for part in inside.split("/") if part != "."]
@@ -104,19 +128,40 @@ class PathRules:
             return []
         found = [""]
         for name in parts:
-            names = ((parent, self._names_in(os.path.join(folder, parent))) for parent in found)
-            found = [os.path.join(parent, there) for parent, known in names for there in known.get(fold_name(name), ())]
+            names = ((parent, self._named(os.path.join(folder, parent), name)) for parent in found)
+            found = [os.path.join(parent, there) for parent, known in names for there in known]
         wanted = unicodedata.normalize("NFC", "/".join(parts))
         return [there for there in found if unicodedata.normalize("NFC", there) == wanted] or found
 
-    def _names_in(self, folder: str) -> dict[str, list[str]]:
-        """Returns the names in a folder by their form for comparison (see ``fold_name``)."""
+    def _named(self, folder: str, name: str) -> Sequence[str]:
+        """Returns the names in a folder that are equal to a name, or else the clips of which it is all but the ending.
+
+        Names are equal if their folded forms are.
+        """
         known = self._names.get(folder)
         if known is None:
-            known = self._names[folder] = defaultdict(list)
-            for name in _listed(folder) if self.allows(os.path.realpath(folder)) else ():
-                known[fold_name(name)].append(name)
-        return known
+            names = _listed(folder) if self.allows(os.path.realpath(folder)) else []
+            known = self._names[folder] = _by_name(names), _by_stem(names)
+        return known[0].get(fold_name(name)) or ([] if _is_complete(name) else known[1].get(fold_name(name), []))
+
+    def _nearest(self, folder: str, path: str) -> str:
+        """Returns the clip below a folder that is most like a missing path, relative to the folder; empty if none is.
+
+        It has the same name in another folder or with another ending, or else a name with few other letters. The latter
+        takes long to find in large folders, so it is only done for the first paths, of which problems are printed.
+        """
+        if folder not in self._below:
+            self._below[folder] = _by_stem(_files_below(folder) if self.allows(os.path.realpath(folder)) else [])
+        below, parent = self._below[folder], os.path.dirname(path)
+        name = fold_name(unquote(os.path.basename(path.replace("\\", "/"))).strip("\"'"))
+        if same := below.get(name) or below.get(os.path.splitext(name)[0]):
+            keys = {file: (fold_name(os.path.basename(file)) != name, os.path.dirname(file) != parent) for file in same}
+            return min(same, key=keys.__getitem__)
+        self._num_compared += 1
+        if self._num_compared > EXAMPLES or len(below) > MOST_COMPARED:
+            return ""
+        near = difflib.get_close_matches(os.path.splitext(name)[0], below, 1, cutoff=0.8)
+        return below[near[0]][0] if near else ""
 
     def problem_with(self, path: str, folder: str, what: str) -> PathProblem:
         """Returns what is wrong with a path, or None.
@@ -174,6 +219,43 @@ class PathRules:
 def fold_name(name: str) -> str:
     """Returns a form of a name that is equal for names which differ only in letter case or Unicode's normal form."""
     return name.casefold() if name.isascii() else unicodedata.normalize("NFC", name.casefold())
+
+
+def is_listed(name: str) -> bool:
+    """Returns whether a name in a folder is neither hidden nor of a file or folder in JUNK."""
+    return not name.startswith((".", "~$")) and fold_name(name) not in JUNK
+
+
+def _is_complete(path: str) -> bool:
+    """Returns whether a path ends as those of clips and images do."""
+    return os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES
+
+
+def _by_name(names: Sequence[str]) -> _ByName:
+    found = defaultdict(list)
+    for name in names:
+        found[fold_name(name)].append(name)
+    return found
+
+
+def _by_stem(paths: Sequence[str]) -> _ByName:
+    """Returns the clips and images among some paths by the folded form of their name without its ending."""
+    found = defaultdict(list)
+    for path in paths:
+        if _is_complete(path):
+            found[fold_name(os.path.splitext(os.path.basename(path))[0])].append(path)
+    return found
+
+
+def _files_below(folder: str) -> list[str]:
+    """Returns the paths of files below a folder, relative to it. Links to folders are not followed."""
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(filter(is_listed, folders))
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in sorted(filter(is_listed, names))]
+        if len(found) > MOST_SEARCHED:
+            break
+    return found
 
 
 def _listed(folder: str) -> list[str]:
