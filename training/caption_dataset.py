@@ -35,20 +35,21 @@ CHECKS = (check_captioning,)
 def main(options: CaptionOptions) -> int:
     """Captions the clips, and returns the exit status: 1 if a clip has no caption because of an error."""
     from cogvideox.data.forms.uncaptioned import find_uncaptioned
+    from cogvideox.data.forms.unused import Unused
     from cogvideox.data.media.workers import Limits
     from cogvideox.model.models import load_tokenizer
     from cogvideox.preparation.captioning.missing_captions import Captioning
     from cogvideox.preparation.captioning.vision_local import LocalVisionModel
     from cogvideox.preparation.captioning.vision_server import VisionServer
-    from cogvideox.preparation.unusable import skipped_notes
+    from cogvideox.preparation.unusable import unused_notes
 
-    skipped: list[str] = []
-    clips, present = find_uncaptioned(options.data, skipped)
+    unused = Unused()
+    clips, present = find_uncaptioned(options.data, unused)
     if not clips:
         have = "the only clip has" if present == 1 else f"all {present} clips have"
         print(f"{have} a caption; nothing to do")
         return 0
-    for line in skipped_notes(skipped):  # there may be captions among these files
+    for line in unused_notes(unused):  # there may be captions among these files
         print(line)
     if options.caption.endpoint is None and options.caption.caption_model is None:
         have = plural(present + len(clips), "clip has", "clips have")

@@ -41,12 +41,13 @@ CHECKS = (check_splitting,)
 def main(options: SceneOptions) -> int:
     """Writes the table and the picture of its cuts."""
     from cogvideox.data.forms.scene_table import clips_of
+    from cogvideox.data.forms.unused import Unused
     from cogvideox.preparation.scenes.splitting import SceneSplitter
-    from cogvideox.preparation.unusable import skipped_notes
+    from cogvideox.preparation.unusable import unused_notes
 
-    splitter, skipped = SceneSplitter(options), list[str]()
-    splitter.run(clips_of(options.data, skipped))
-    print(*skipped_notes(skipped), *splitter.report(), sep="\n")
+    splitter, unused = SceneSplitter(options), Unused()
+    splitter.run(clips_of(options.data, unused))
+    print(*unused_notes(unused), *splitter.report(), sep="\n")
     return 0
 
 

@@ -22,8 +22,9 @@ from cogvideox.config.geometry import weight_problems
 from cogvideox.data.cache import open_index
 from cogvideox.data.forms.columns import WITHOUT_CAPTIONS
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, read_samples, read_validation
+from cogvideox.data.forms.unused import Unused
 from cogvideox.errors import UsageError
-from cogvideox.preparation.unusable import skipped_notes
+from cogvideox.preparation.unusable import unused_notes
 
 ODD = (
     "a, b",
@@ -698,15 +699,15 @@ def test_files_of_unknown_formats_are_reported(tmp_path: Path) -> None:
     pairs(tmp_path, a_mp4="x")
     touch(tmp_path, "sub/b.insv", "c.R3D", "d.r3d", "a.srt", "a.json", "notes.md", "clips.zip", ".e.braw", "Makefile")
     touch(tmp_path, "data.xlsx", "~$data.xlsx", "e.caption")
-    skipped: list[str] = []
-    assert len(read_samples(DataFlags(data_root=(str(tmp_path),)), skipped)) == 1
+    unused = Unused()
+    assert len(read_samples(DataFlags(data_root=(str(tmp_path),)), unused)) == 1
     names = ["c.R3D", "clips.zip", "d.r3d", "data.xlsx", "e.caption", "sub/b.insv"]
-    assert skipped == [str(tmp_path / name) for name in names]
-    note, *examples = skipped_notes(skipped)
+    assert unused.unsupported == [str(tmp_path / name) for name in names]
+    note, *examples = unused_notes(unused)
     rule = "files skipped because their format is not supported: 2 .r3d, 1 .zip, 1 .xlsx, 1 .caption, 1 .insv"
     assert note == f"{rule}; convert clips to mp4, and save captions as .txt and tables as CSV:"
-    assert [line.strip() for line in examples] == skipped
-    assert skipped_notes([]) == []
+    assert [line.strip() for line in examples] == unused.unsupported
+    assert unused_notes(Unused()) == []
 
 
 def test_files_of_other_programs_are_skipped(tmp_path: Path) -> None:

@@ -413,8 +413,8 @@ def test_files_of_unsupported_formats_are_listed_for_all_folders(tmp_path: Path,
             (root / name).write_text("x")
     data = DataFlags((str(tmp_path / "train"),), validation_data_root=(str(tmp_path / "held_out"),))
     assert not checked or list(check_data_roots(SimpleNamespace(data=data, loader=LoaderFlags()))) == []
-    skipped = take_listing(data, tmp_path).skipped
-    assert sorted(skipped) == [str(tmp_path / folder / "b.rm") for folder in ("held_out", "train")]
+    unused = take_listing(data, tmp_path).unused
+    assert sorted(unused.unsupported) == [str(tmp_path / folder / "b.rm") for folder in ("held_out", "train")]
 
 
 @pytest.mark.fault("data: a table with hundreds of thousands of rows")

@@ -69,7 +69,7 @@ class Preparation:
         samples: The samples to train on, followed by ``num_validation`` samples to measure the loss on. Every list of
             records is in this order.
         image_variants: How often each first frame is encoded, each time with different noise; 0 without first frames.
-        skipped: Paths of files that may be clips but have an unsupported format.
+        unused: Files that are not used, although somebody may have meant them to be.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Preparation:
         self._kept_workers: Workers | None = None
         self.samples: list[Sample] = listing.samples + listing.validation
         self.num_validation = len(listing.validation)
-        self.skipped = listing.skipped
+        self.unused = listing.unused
         if image_variants:
             check_no_missing_images(self.samples)
 

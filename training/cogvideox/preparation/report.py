@@ -31,7 +31,7 @@ from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
 from cogvideox.preparation.prepare import Preparation, num_decoders
 from cogvideox.preparation.proposals import USUAL
-from cogvideox.preparation.unusable import UnusableClips, allowing, skipped_notes, too_many_bad
+from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad, unused_notes
 
 TRIED = 3  # clips to time
 LEAST_SHARE = 0.1  # of a clip; a note says so if less is trained on
@@ -215,7 +215,7 @@ def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list
     notes += length_notes(used, records, preparation.recipe.fps)
     if preparation.num_validation:
         notes.append(f"{plural(preparation.num_validation, 'clip is', 'clips are')} for validation")
-    notes += skipped_notes(preparation.skipped)
+    notes += unused_notes(preparation.unused)
     notes += leak_notes(preparation, records)
     notes += rate_notes(used, preparation.recipe.fps)
     tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)

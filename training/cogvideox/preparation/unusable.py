@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from cogvideox.data.clips import max_bad
+from cogvideox.data.forms.unused import Unused
 from cogvideox.data.records import ClipRecord
 from cogvideox.errors import UsageError, plural
 from cogvideox.preparation.captions import indented
@@ -48,6 +49,23 @@ def allowing(records: Sequence[ClipRecord]) -> str:
     """Returns the flag that allows as many bad clips as there are."""
     bad = sum(not record.usable for record in records)
     return f"--max_bad_fraction {math.ceil(bad / len(records) * 1000) / 1000:g}"
+
+
+def unused_notes(unused: Unused) -> list[str]:
+    """Returns lines about files that are not used, although somebody may have meant them to be."""
+    lines = skipped_notes(unused.unsupported)
+    for file, texts in unused.captions.items():
+        say = plural(len(texts), "text file next to a clip says", "text files next to clips say")
+        rule = f"{say} something else than {file}, which is read instead"
+        lines += [f"{rule}; copy what is new into it, or remove the text files:", *indented(texts)]
+    for file, clips in unused.clips.items():
+        are = plural(len(clips), "clip with a caption next to it is", "clips with a caption next to them are")
+        lines += [f"{are} not in {file}, and thus not used; add a row or line for each:", *indented(clips)]
+    if unused.tables:
+        are = plural(len(unused.tables), "table is", "tables are")
+        rule = f"{are} not read, because captions are next to the clips"
+        lines += [f"{rule}; to use one, name it with --dataset_file:", *indented(unused.tables)]
+    return lines
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:

@@ -57,6 +57,7 @@ class Columns:
         videos: Paths of the videos. None if they could not be read; the reason has then been reported as a problem.
         images: Paths of the first frames. None if the data set names no first frames.
         skipped: Paths of files that may be clips but have an unsupported format.
+        unread_tables: Paths of tables that are not read, because captions are next to the clips.
         sections: The part of its file that each clip is; None if each clip is a whole file.
         caption_file: The list or table that has all captions, or would have them. Empty if each caption is in a text
             file next to its clip; then the location of a caption is that text file, or a folder if there is none.
@@ -66,6 +67,7 @@ class Columns:
     videos: Column | None = None
     images: Column | None = None
     skipped: Sequence[str] = ()
+    unread_tables: Sequence[str] = ()
     sections: Sequence[Section | None] | None = None
     caption_file: str = ""
 

@@ -28,8 +28,14 @@ from cogvideox.data.forms.columns import (
     Problems,
     read_lines,
 )
-from cogvideox.data.forms.paths import MEDIA_SUFFIXES, PathRules, fold_name, is_listed
+from cogvideox.data.forms.paths import (
+    MEDIA_SUFFIXES,
+    PathRules,
+    fold_name,
+    is_listed,
+)
 from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
+from cogvideox.data.forms.unused import Unused
 from cogvideox.errors import first_names
 
 TABLE_FILES = ("metadata.csv", "metadata.jsonl")
@@ -52,13 +58,14 @@ LEDGER_NAME = "ledger.jsonl"  # in the output folder of a preparation: what is k
 OUTPUTS = ((LEDGER_NAME,), ("config.json", "metrics.jsonl"))
 
 
-def read_rows(folder: str, data: FolderFlags, problems: Problems) -> tuple[Columns, list[str]]:
+def read_rows(folder: str, data: FolderFlags, problems: Problems, unused: Unused) -> tuple[Columns, list[str]]:
     """Reads a folder whose captions may be missing, and finds its videos.
 
     Args:
         folder: The folder as given.
         data: Flags that say how it is read.
         problems: Collects everything that is wrong.
+        unused: Collects files that are not used, although somebody may have meant them to be.
 
     Returns:
         The columns, and the absolute path of the video of each row, with symlinks not followed. Without videos if
@@ -72,6 +79,7 @@ def read_rows(folder: str, data: FolderFlags, problems: Problems) -> tuple[Colum
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
     files = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    unused.add(columns, files, rules)
     return columns, [] if problems else [file for file in files if file is not None]
 
 
@@ -265,6 +273,7 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
         Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
         Column(videos, lambda row: root, "remove it", root),
         skipped=[os.path.join(root, name) for names in scan.others.values() for name in names],
+        unread_tables=[] if _is_output(root) else [os.path.join(root, name) for name in scan.tables],
     )
 
 

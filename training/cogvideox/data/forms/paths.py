@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from shlex import quote
 from urllib.parse import unquote
 
+from cogvideox.config.flags import CAPTION_FILES, IMAGE_FILES, VIDEO_FILES
 from cogvideox.data.forms.columns import EXAMPLES, POINTER, Column, Problems, is_unicode
 from cogvideox.errors import first_names
 from cogvideox.files import is_lfs_pointer, lfs_rule
@@ -28,6 +29,7 @@ _URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _ABSOLUTE = re.compile(r"(/|[A-Za-z]:[\\/]|\\\\).+")  # of Linux, of Windows, or of a network share
 _PLAIN = re.compile(r"[\w/.-]+")  # has no characters that are special to sed or to a shell
 _OUTSIDE = "outside the data root"
+LIST_FILES = (*CAPTION_FILES, *VIDEO_FILES, *IMAGE_FILES)
 MOST_SEARCHED = 100_000  # names below a folder among which the nearest to a missing one is searched
 MOST_COMPARED = 5_000  # names that are compared letter by letter
 MEDIA_SUFFIXES = (

@@ -15,6 +15,7 @@ from cogvideox.config.options import SampleOptions, needs_captions, reads_clips,
 from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
+from cogvideox.data.forms.unused import Unused
 from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
@@ -59,18 +60,18 @@ class Listing:
     Attributes:
         samples: The clips to train on, in order.
         validation: The clips to measure the loss on, in order.
-        skipped: Paths of files that may be clips but have an unsupported format.
+        unused: Files that are not used, although somebody may have meant them to be.
         index: Size and time of the index of the tensors before anything was listed. An index with others is from a
             process that may have listed more clips.
     """
 
     samples: list[Sample]
     validation: list[Sample]
-    skipped: list[str]
+    unused: Unused
     index: list[int]
 
 
-def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
+def read_samples(data: DataFlags, unused: Unused | None = None, need_captions: bool = True) -> list[Sample]:
     """Reads the clips of every --data_root in order, each folder's as often as --repeats says.
 
     A repeated folder has the same effect as its rows listed again. Ids are unique, also where two folders have the same
@@ -78,22 +79,22 @@ def read_samples(data: DataFlags, skipped: list[str] | None = None, need_caption
 
     Args:
         data: The flags.
-        skipped: Receives the paths of files that may be clips but have an unsupported format.
+        unused: Collects files that are not used, although somebody may have meant them to be.
         need_captions: Whether a missing caption is an error; otherwise it is empty.
 
     Raises:
         UsageError: Everything that is wrong with the folders, their lists or tables, the captions and the paths.
     """
-    found: list[str] = [] if skipped is None else skipped
+    found = Unused() if unused is None else unused
     return _read_folders("--data_root", data.data_root, data.repeats, data, found, need_captions)
 
 
-def read_validation(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
+def read_validation(data: DataFlags, unused: Unused | None = None, need_captions: bool = True) -> list[Sample]:
     """Reads the clips of --validation_data_root, once each; without the flag there are none.
 
     The arguments and errors are those of ``read_samples``.
     """
-    found: list[str] = [] if skipped is None else skipped
+    found = Unused() if unused is None else unused
     return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, found, need_captions)
 
 
@@ -144,11 +145,11 @@ def take_listing(data: DataFlags, folder: Path, need_captions: bool = True) -> L
 
 def _list_clips(data: DataFlags, folder: Path, need_captions: bool) -> tuple[Listing, list[str]]:
     """Returns the clips of all folders and the problems of those that are left out."""
-    listing = Listing([], [], [], stamp_of(folder / TENSOR_INDEX))
+    listing = Listing([], [], Unused(), stamp_of(folder / TENSOR_INDEX))
     problems: list[str] = []
     for clips, read in ((listing.samples, read_samples), (listing.validation, read_validation)):
         try:
-            clips.extend(read(data, listing.skipped, need_captions))
+            clips.extend(read(data, listing.unused, need_captions))
         except UsageError as error:
             problems.extend(error.problems)
     return listing, problems
@@ -159,7 +160,7 @@ def _read_folders(
     folders: Sequence[str],
     repeats: Sequence[int],
     data: DataFlags,
-    skipped: list[str],
+    unused: Unused,
     need_captions: bool,
 ) -> list[Sample]:
     """Reads the clips of folders as often as ``repeats`` says, and raises the problems of all folders together."""
@@ -170,7 +171,7 @@ def _read_folders(
     found: list[str] = []
     for folder, repeat in zip(folders, times, strict=True):
         problems = Problems(need_captions)
-        clips = _read_folder(flag, folder, data, problems, skipped)
+        clips = _read_folder(flag, folder, data, problems, unused)
         found += problems.lines()
         for _ in range(0 if found else repeat):
             samples += [_with_unique_id(clip, uses) for clip in clips]
@@ -179,7 +180,7 @@ def _read_folders(
     return samples
 
 
-def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, skipped: list[str]) -> list[Sample]:
+def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, unused: Unused) -> list[Sample]:
     """Reads the clips of a folder, with ids that may not be unique; with problems the result must not be used."""
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -188,13 +189,13 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, sk
         return []
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
-    skipped += columns.skipped
     if columns.captions is None and columns.videos is not None and not problems:  # captions are not needed
         columns = replace(columns, captions=replace(columns.videos, values=[""] * len(columns.videos.values)))
     if columns.captions is not None:
-        _check_captions(columns.captions, problems)
+        _check_captions(columns.captions, columns, problems)
     images = _with_gaps(columns.images, asked=data.image_column is not None)
     videos = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    unused.add(columns, videos, rules)
     first_frames = rules.find(images, "image", problems) if images is not None else []
     if problems:
         return []
@@ -208,19 +209,32 @@ def _with_gaps(images: Column | None, asked: bool) -> Column | None:
     return replace(images, values=[value or None for value in images.values])
 
 
-def _check_captions(captions: Column, problems: Problems) -> None:
+def _check_captions(captions: Column, columns: Columns, problems: Problems) -> None:
     for row, caption in enumerate(captions.values):
         if caption is None:
             continue
         if not caption:
-            rule = f"blank caption; write one, or {captions.removal}; {WITHOUT_CAPTIONS}"
-            problems.add(NO_CAPTION, f"{captions.location(row)}: {rule}")
+            fix = f"write one, or {captions.removal}"
+            if columns.caption_file and _has_text_next_to_it(columns.videos, row):
+                fix = (
+                    "copy it from the text file next to the clip, which is not read because this file has the captions"
+                )
+            problems.add(NO_CAPTION, f"{captions.location(row)}: blank caption; {fix}; {WITHOUT_CAPTIONS}")
         elif "\0" in caption:
             rule = "holds a NUL byte; save the file as plain UTF-8 text"
             problems.add("NUL in caption", f"{captions.location(row)}: {rule}")
         elif not is_unicode(caption):
             rule = "holds half of a surrogate pair; write the character itself, in UTF-8"
             problems.add("half a character", f"{captions.location(row)}: {rule}")
+
+
+def _has_text_next_to_it(videos: Column | None, row: int) -> bool:
+    """Returns whether the clip of a row has a text file next to it that is not empty."""
+    path = videos.values[row] if videos is not None and row < len(videos.values) else None
+    if videos is None or not path or "\0" in path:
+        return False
+    text = f"{os.path.splitext(os.path.join(videos.folder, path))[0]}.txt"
+    return os.path.isfile(text) and os.path.getsize(text) > 0
 
 
 def _clips(

@@ -17,6 +17,7 @@ from cogvideox.data.forms.folders import read_rows
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.table_text import TableText
 from cogvideox.data.forms.tables import BESIDE_TABLE, CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS, Table
+from cogvideox.data.forms.unused import Unused
 from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -43,12 +44,12 @@ class Clip:
     image: str = ""
 
 
-def clips_of(data: FolderFlags, skipped: list[str] | None = None) -> dict[str, list[Clip]]:
+def clips_of(data: FolderFlags, unused: Unused | None = None) -> dict[str, list[Clip]]:
     """Reads the clips of a folder, whose captions may be missing.
 
     Args:
         data: Flags with one data_root.
-        skipped: Receives the paths of files that may be clips but have an unsupported format.
+        unused: Collects files that are not used, although somebody may have meant them to be.
 
     Returns:
         The clips of each file, by its absolute path.
@@ -57,11 +58,9 @@ def clips_of(data: FolderFlags, skipped: list[str] | None = None) -> dict[str, l
         UsageError: The folder cannot be read.
     """
     problems = Problems(captions=False)
-    columns, files = read_rows(data.data_root[0], data, problems)
+    columns, files = read_rows(data.data_root[0], data, problems, Unused() if unused is None else unused)
     if problems:
         raise UsageError(problems.lines())
-    if skipped is not None:
-        skipped += columns.skipped
     blank = [""] * len(files)
     captions = columns.captions.texts() if columns.captions is not None else blank
     images = _paths(columns.images) if columns.images is not None else blank

@@ -17,6 +17,7 @@ from cogvideox.data.forms.columns import Columns, Problems, read_lines
 from cogvideox.data.forms.folders import read_rows
 from cogvideox.data.forms.table_text import TableText, can_be_changed
 from cogvideox.data.forms.tables import CAPTION_COLUMNS, TABLE_READERS, is_blank
+from cogvideox.data.forms.unused import Unused
 from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError, plural
 from cogvideox.files import write_atomically
@@ -167,12 +168,12 @@ def _changed(file: str) -> UsageError:
     return UsageError(f"{file}: has changed while captions were written; {fix}")
 
 
-def find_uncaptioned(data: FolderFlags, skipped: list[str]) -> tuple[list[Uncaptioned], int]:
+def find_uncaptioned(data: FolderFlags, unused: Unused) -> tuple[list[Uncaptioned], int]:
     """Returns the clips without captions of all folders, and the number of clips with a caption.
 
     Args:
         data: The flags of the folders.
-        skipped: Collects paths of files that may be clips or captions but have an unsupported format.
+        unused: Collects files that are not used, although somebody may have meant them to be.
 
     Raises:
         UsageError: A folder cannot be read, or captions cannot be written into its table.
@@ -182,7 +183,7 @@ def find_uncaptioned(data: FolderFlags, skipped: list[str]) -> tuple[list[Uncapt
     present = 0
     for folder in (*data.data_root, *data.validation_data_root):
         problems = Problems(captions=False)
-        clips, count = _in_folder(folder, data, problems, skipped)
+        clips, count = _in_folder(folder, data, problems, unused)
         missing += clips
         present += count
         found += problems.lines()
@@ -191,9 +192,8 @@ def find_uncaptioned(data: FolderFlags, skipped: list[str]) -> tuple[list[Uncapt
     return missing, present
 
 
-def _in_folder(folder: str, data: FolderFlags, problems: Problems, skipped: list[str]) -> tuple[list[Uncaptioned], int]:
-    columns, files = read_rows(folder, data, problems)
-    skipped += columns.skipped
+def _in_folder(folder: str, data: FolderFlags, problems: Problems, unused: Unused) -> tuple[list[Uncaptioned], int]:
+    columns, files = read_rows(folder, data, problems, unused)
     if problems:
         return [], 0
     captions = columns.captions.values if columns.captions is not None else [""] * len(files)
