@@ -17,6 +17,7 @@ from odd_files import (
     SIZE,
     TABLE,
     THEORA,
+    VVC,
     Case,
     Outcome,
     make_and_read,
@@ -129,8 +130,9 @@ def test_the_numbers_are_read_from_the_pixels() -> None:
     assert number_in(np.zeros((HEIGHT, WIDTH, 3), np.uint8)) == -1
 
 
-def test_the_stored_theora_file_shows_the_pictures() -> None:
-    assert [number_in(pixels) for _, pixels in sequential(THEORA, *SIZE)] == list(range(COUNT))
+@pytest.mark.parametrize("path", [THEORA, VVC], ids=["theora", "vvc"])
+def test_the_stored_files_show_the_pictures(path: Path) -> None:
+    assert [number_in(pixels) for _, pixels in sequential(path, *SIZE)] == list(range(COUNT))
 
 
 def test_the_page_in_docs_is_up_to_date(read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

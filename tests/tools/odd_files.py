@@ -53,12 +53,14 @@ from cogvideox.data.clips import ClipRecipe, bad_line, decode_variant, plan_clip
 from cogvideox.data.records import FAILED, OK
 
 TABLE = Path(__file__).parents[2] / "docs" / "odd_files.md"
-# Shows the numbered pictures. It is stored, because no wheel has an encoder for Theora.
+# They show the numbered pictures. They are stored, because no wheel has an encoder for Theora or VVC.
 THEORA = Path(__file__).parents[1] / "samples" / "theora.ogv"
+VVC = Path(__file__).parents[1] / "samples" / "vvc.mp4"
 SIZE = (48, 64)  # of the clips: height, width
 CLIP_FRAMES, CLIP_RATE = 9, 8
 MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 fps from the middle of 36 frames at 24 fps
 REPEATED = tuple(repeated(number) for number in MIDDLE)
+BEFORE = "decoded from the keyframe that is stored before them"
 REPEATS = "dropped frames repeat the frame before them"
 ONE_START = "decoded from the only keyframe that refers to no other frame"
 
@@ -170,6 +172,7 @@ def coded_cases() -> Iterator[Case]:
     ]:
         yield good(name, functools.partial(plain, container, codec))
     yield good("theora.ogv", THEORA.read_bytes)
+    yield good("vvc.mp4", VVC.read_bytes)
     yield good("camcorder.m2ts", functools.partial(encode, "mpegts", muxer={"mpegts_m2ts_mode": "1"}))
     open_gop = {"x264-params": "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"}
     no_b = {"g": "6", "bf": "0", "sc_threshold": "0"}
@@ -198,6 +201,9 @@ def coded_cases() -> Iterator[Case]:
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts"}.items():
         make = functools.partial(headless, container, no_b)
         yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="starting at the first keyframe")
+    for container, suffix in {"matroska": "mkv", "mpegts": "ts"}.items():
+        make = functools.partial(led, container)
+        yield good(f"pictures_before_the_first_keyframe.{suffix}", make, range(10, 35, 3), note=BEFORE)
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts", "flv": "flv"}.items():
         edits: dict[str, Callable[..., bytes]]
         edits = {"gradual_refresh": bytes, "recovery_point_too_early": recovered_too_early}
@@ -210,6 +216,12 @@ def coded_cases() -> Iterator[Case]:
 
 # Pictures are refreshed column by column, so that all keyframes but the first refer to earlier frames.
 REFRESHED = {"x264-params": "intra-refresh=1:keyint=12:bframes=2:ref=3:scenecut=0"}
+
+
+def led(container: str) -> bytes:
+    """Returns hevc that begins with a keyframe and two pictures that are shown before it, numbers 10 and 11."""
+    options = f"{X265['x265-params']}:min-keyint=12:radl=2:open-gop=0:bframes=3:scenecut=0:b-adapt=0"
+    return remux(encode(container, "libx265", options=X265 | {"x265-params": options}), container, skip=10)
 
 
 def recovered_too_early(data: bytes) -> bytes:

@@ -36,7 +36,7 @@ StrPath = str | os.PathLike[str]
 
 # Increase this whenever a change of the code makes the same flags select other frames or crops: all files are then
 # planned again.
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 # The aspect ratios of a first frame and of its clip may differ by this factor, because sizes are rounded to pixels.
 IMAGE_STRETCH = 1.03

@@ -1,4 +1,4 @@
-"""Reads the bits of headers, and the units of which packets of h264 and hevc consist."""
+"""Reads the bits of headers, and the units of which packets of h264, hevc and vvc consist."""
 
 from collections.abc import Iterator
 
@@ -35,6 +35,8 @@ def length_bytes(codec: str, extradata: bytes) -> int:
         codec: FFmpeg's name of the codec.
         extradata: Headers of the codec that the container stores.
     """
+    if codec == "vvc":  # five bits are set before the length, unless the headers begin with a start code
+        return (extradata[0] >> 1 & 3) + 1 if extradata[:1] >= b"\xf8" else 0
     at = {"h264": 4, "hevc": 21}.get(codec, 0)
     return (extradata[at] & 3) + 1 if at and extradata[:1] == b"\1" and len(extradata) > at else 0
 

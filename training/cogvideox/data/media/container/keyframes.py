@@ -1,4 +1,4 @@
-"""Reads the headers inside keyframes: whether the size of the pictures changes, and whether decoding can start there.
+"""Reads the headers of keyframes: whether the size of pictures changes, and which pictures can be decoded from there.
 
 ``KeyframeHeaders`` is the entry point. FFmpeg also marks a frame as a keyframe where h264 refreshes its pictures part
 by part (a gradual refresh), so that they are right only some frames later. It does not report that the size of the
@@ -11,8 +11,10 @@ from av.packet import Packet
 
 from cogvideox.data.media.container.bits import Bits, length_bytes, units_of
 
-_SLICES = {"h264": range(1, 6), "hevc": range(32)}  # types of NAL units that hold picture data
-_PARAMETERS = {"h264": (7,), "hevc": (33,)}  # types of sequence parameter sets, which hold the size
+_SLICES = {"h264": range(1, 6), "hevc": range(32), "vvc": range(12)}  # types of NAL units that hold picture data
+_PARAMETERS = {"h264": (7,), "hevc": (33,), "vvc": (15,)}  # types of sequence parameter sets, which hold the size
+# Types of keyframes after which pictures are stored that are shown before them, and refer to nothing before them.
+_LEADERS = {"hevc": (19,), "vvc": (7,)}
 # For other codecs, the bytes that precede the size, and how many bytes from there on hold it. If further bytes change,
 # a frame is decoded to check its size, which only takes time.
 _MARKS = {
@@ -59,10 +61,15 @@ class KeyframeHeaders:
             return (data[at : at + num_bytes] if at >= 0 else b""), False
         return b"", False
 
+    def leads(self, packet: Packet) -> bool:
+        """Returns whether pictures that are stored after a keyframe and shown before it can be decoded from it."""
+        leaders = _LEADERS.get(self._codec)
+        return leaders is not None and any(kind in leaders for kind, _ in self._units(bytes(packet)))
+
     def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields the type and the bytes of each unit of a packet, up to the first that holds picture data."""
         for unit in units_of(data, self._length_bytes):
-            kind = unit[0] & 31 if self._codec == "h264" else unit[0] >> 1 & 63
+            kind = {"h264": unit[0] & 31, "hevc": unit[0] >> 1 & 63, "vvc": unit[1:2][0] >> 3}[self._codec]
             yield kind, unit
             if kind in _SLICES[self._codec]:
                 return

@@ -232,6 +232,8 @@ class _PacketLog:
         entries: One entry for each picture of the video.
         end: Seconds at which the last packet of any stream ends.
         keyframe: Presentation time of the first keyframe; None until it is found.
+        start: Presentation time of the first picture that can be decoded: that of the first keyframe, or earlier, if
+            pictures that are stored after it are shown before it and refer to nothing before it.
         are_packed: Whether a packet held several pictures.
         last_dts: Decoding time of the last packet of an avi file, which may be empty; 0 for other formats.
         has_gradual: Whether there are keyframes at which decoding must not start (see ``KeyframeHeaders``).
@@ -243,11 +245,13 @@ class _PacketLog:
     entries: list[_Entry] = field(default_factory=list)
     end: float = 0.0
     keyframe: int | None = None
+    start: int = 0
     are_packed: bool = False
     last_dts: int = 0
     has_gradual: bool = False
     num_second_fields: int = 0
     may_change_size: bool = False
+    _leads: bool = False
     _size_bytes: bytes = b""
     _latest: int | None = None
     _latest_before_keyframe: int | None = None
@@ -272,7 +276,12 @@ class _PacketLog:
         self.are_packed |= picture.was_packed
         self.has_gradual |= is_gradual
         if self.keyframe is None and is_key:
-            self.keyframe = packet.pts
+            self.keyframe = self.start = packet.pts
+            self._leads = self.headers.leads(packet)
+        elif is_key:
+            self._leads = False
+        elif self._leads:
+            self.start = min(self.start, packet.pts)
         if len(self.entries) > MAX_FRAMES:
             raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into clips")
 
@@ -439,7 +448,9 @@ def _index(
         labels = _display_times(decode_times, [entry.is_b for entry in entries], end)
         entries = [entry._replace(pts=pts) for entry, pts in zip(entries, labels, strict=True)]
     keyframes = sorted((entry.pts, entry.pts if stores_pts else entry.dts) for entry in entries if entry.is_key)
-    # Frames that are shown before the first keyframe refer to frames that are not in the file.
+    if packets.start != packets.keyframe and keyframes:
+        keyframes[0] = packets.start, keyframes[0][1]
+    # Frames that are shown earlier refer to frames that are not in the file.
     entries = [entry for entry in entries if keyframes and entry.pts >= keyframes[0][0]]
     if not any(entry.is_shown for entry in entries):
         raise VideoError(f"has no frames; {AGAIN}")
