@@ -436,6 +436,7 @@ def test_train_resolution_replaces_the_lists_of_buckets() -> None:
         (LORA, ("--hub_token", "hf_abc"), "--hub_token: has no effect without --push_to_hub"),
         (LORA, ("--hub_model_id", "me/x"), "--hub_model_id: has no effect without --push_to_hub"),
         (LORA, ("--hub_private",), "--hub_private: has no effect without --push_to_hub"),
+        (LORA, ("--hub_overwrite",), "--hub_overwrite: has no effect without --push_to_hub"),
         (LORA, ("--push_to_hub", "--hub_token", ""), "--hub_token: is empty"),
         (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or contains spaces"),
         (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or contains spaces"),

@@ -112,7 +112,7 @@ def test_no_token_and_no_network_are_seen_before_anything_loads(hub: StandIn, mo
 def test_a_saved_token_suffices(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
     assert checked("--push_to_hub") == []
-    assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), print) == "someone/my-lora"
+    assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), "the run", print) == "someone/my-lora"
     assert_kept_secret(hub)
 
 
@@ -137,7 +137,7 @@ def test_names_that_a_repository_can_have(hub: StandIn, name: str) -> None:
 
 def opened(*flags: object, said: list[str] | None = None) -> str | None:
     options = options_of(Path("out/my-lora"), "--push_to_hub", "--hub_token", TOKEN, *flags)
-    return open_repository(options, (said if said is not None else []).append)
+    return open_repository(options, "the run", (said if said is not None else []).append)
 
 
 def refused(*flags: object) -> str:
@@ -159,7 +159,7 @@ def test_the_repository_is_made_or_found(hub: StandIn) -> None:
 
 
 def test_without_push_to_hub_the_hub_is_not_contacted(hub: StandIn) -> None:
-    assert open_repository(options_of(Path("my-lora")), print) is None
+    assert open_repository(options_of(Path("my-lora")), "the run", print) is None
     assert hub.requests == []
 
 
@@ -236,6 +236,7 @@ FILES = {
     "inference.py": b"print()\n",
     "validation/a video.mp4": b"\x00\x01" * 500,
     "README.md": b"---\ntags:\n- a\n---\n\n# x\n",
+    "recipe.json": b'{"run": "the run"}',
 }
 
 
@@ -248,11 +249,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sent(folder: Path, said: list[str] | None = None) -> None:
-    options = options_of(folder, "--push_to_hub", "--hub_token", TOKEN)
-    opened("--hub_model_id", "team/style")
+def sent(folder: Path, said: list[str] | None = None, *more: object) -> None:
+    options = options_of(folder, "--push_to_hub", "--hub_token", TOKEN, *more)
+    opened("--hub_model_id", "team/style", *more)
     files = [folder / name for name in FILES]
-    upload("team/style", options.hub, folder, files, (said if said is not None else []).append)
+    upload("team/style", options.hub, "the run", folder, files, (said if said is not None else []).append)
 
 
 def test_existing_files_are_uploaded_in_one_commit(hub: StandIn, folder: Path) -> None:
@@ -276,6 +277,50 @@ def test_unchanged_files_are_not_sent_again(hub: StandIn, folder: Path) -> None:
     sent(folder)
     assert hub.commits[1:] == [{"inference.py"}]
     assert hub.repositories["team/style"]["inference.py"] == b"new"
+
+
+OTHERS = {
+    "a card from the website": {"README.md": b"---\nlicense: mit\n---\n"},
+    "another model": {"a.safetensors": b"x", "b.json": b"{}", "c.json": b"{}", "d.json": b"{}"},
+    "another run": FILES | {"recipe.json": b'{"run": "another run"}'},
+    "a run of an older version": FILES | {"recipe.json": b'{"step": 3}'},
+    "another recipe": {"recipe.json": b"[]"},
+}
+
+
+@pytest.mark.parametrize("there", OTHERS.values(), ids=OTHERS)
+@pytest.mark.fault("export: a repository with files of something else")
+def test_a_repository_with_other_files_is_refused(hub: StandIn, folder: Path, there: dict[str, bytes]) -> None:
+    hub.repositories["team/style"] = dict(there)
+    names = sorted(there)
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    rule = (
+        f"team/style: has files that are not from this run ({shown}); give another --hub_model_id, or --hub_overwrite"
+    )
+    assert refused("--hub_model_id", "team/style").startswith(f"--push_to_hub: {rule}, which replaces its files of ")
+    assert hub.asked("repos/create") == 1
+    assert hub.repositories["team/style"] == there
+    sent(folder, None, "--hub_overwrite")
+    assert hub.repositories["team/style"] == there | FILES
+    assert_kept_secret(hub)
+
+
+@pytest.mark.fault("export: a repository with files of something else")
+def test_files_that_another_run_has_uploaded_meanwhile_are_not_replaced(hub: StandIn, folder: Path) -> None:
+    there = OTHERS["another run"]
+    options = options_of(folder, "--push_to_hub", "--hub_token", TOKEN)
+    assert opened("--hub_model_id", "team/style") == "team/style"
+    hub.repositories["team/style"] = dict(there)
+    with pytest.raises(UsageError) as error:
+        upload("team/style", options.hub, "the run", folder, [folder / "recipe.json"], print)
+    text = str(error.value)
+    assert text.endswith("; then the same command only uploads")
+    assert "is finished, but was not uploaded: team/style: has files that are not from this run (" in text
+    assert hub.repositories == {"team/style": there}
+    hub.repositories["team/style"] = {}
+    sent(folder)
+    sent(folder)
+    assert hub.repositories == {"team/style": FILES}
 
 
 @pytest.mark.parametrize("where", ["validate-yaml", "preupload", "objects/batch", "PUT /", "/commit/"])

@@ -130,7 +130,11 @@ class StandIn:
     def _info(self, _: bytes, repository: str) -> Answer:
         if repository not in self.repositories:
             return 404, {"error": "Repository not found"}
-        return 200, {"id": repository, "sha": "0" * 40, "siblings": []}
+        files = [{"rfilename": path} for path in (".gitattributes", *self.repositories[repository])]
+        return 200, {"id": repository, "sha": "0" * 40, "siblings": files}
+
+    def _recipe(self, _: bytes, repository: str) -> Answer:
+        return 200, json.loads(self.repositories[repository]["recipe.json"])
 
     def _check(self, _: bytes, repository: str) -> Answer:
         return (200, {}) if self.writable(repository) else (403, {"error": f"{repository}: you may not write"})
@@ -176,6 +180,7 @@ ROUTES: dict[str, Callable[..., Answer]] = {
     "POST /api/repos/create": StandIn._create,
     f"GET {REPO}(?:/revision/main)?": StandIn._info,
     f"GET {REPO}/auth-check/write": StandIn._check,
+    r"GET /([^/]+/[^/]+)/resolve/main/recipe\.json": StandIn._recipe,
     "POST /api/validate-yaml": StandIn._validate,
     f"POST {REPO}/preupload/main": StandIn._preupload,
     r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": StandIn._batch,

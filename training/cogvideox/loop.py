@@ -537,7 +537,7 @@ class Trainer:
             run.say(f"report: {write_report(run.output_dir)}")
         run.disconnect()
         if run.repository:  # set on the main process only, so that the other ranks end without waiting for the upload
-            upload(run.repository, options.hub, run.output_dir, files, run.say)
+            upload(run.repository, options.hub, run.id, run.output_dir, files, run.say)
         return 0
 
     def _restore_best(self, last: int) -> int:

@@ -334,7 +334,7 @@ def weights_only_problems(options: TrainOptions) -> Iterator[str]:
 def hub_problems(hub: HubFlags) -> Iterator[str]:
     """Yields contradictions between the flags of the hub, and a token of impossible form."""
     if not hub.push_to_hub:
-        for name in ("hub_token", "hub_model_id", "hub_private"):
+        for name in ("hub_token", "hub_model_id", "hub_private", "hub_overwrite"):
             if getattr(hub, name) not in (None, False):
                 yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
     if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):

@@ -907,6 +907,9 @@ class HubFlags:
     )
     hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (default: the name of output_dir)")
     hub_private: bool = flag(False, "create the repository as private; an existing one is not changed")
+    hub_overwrite: bool = flag(
+        False, "upload also into a repository with files of something else, and replace those of the same names"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@
 ``check_hub`` checks the flags without a network. ``open_repository`` creates the repository at the start of the run, so
 that a wrong token or a missing permission is reported before training. ``upload`` adds the result in one commit. The
 token is used only in the headers of requests and is never written to a file, a message or a log.
+
+A repository belongs to the run whose id is in its recipe.json. huggingface_hub would replace the files of any other
+repository that the token may write to, and mix them with those that are left. Such a repository is refused.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +25,10 @@ REFUSALS = {
     403: "this token may not write there; give one that may, or another --hub_model_id",
     404: "there is no such namespace, or this token may not see it; give another --hub_model_id",
 }
+
+RECIPE_NAME = "recipe.json"  # the settings of a finished run, with its id
+MADE_BY_THE_HUB = ".gitattributes"  # in each new repository
+NAMED = 3  # files that a message names
 
 Result = TypeVar("Result")
 Say = Callable[[str], None]
@@ -59,14 +67,19 @@ def check_hub(options: TrainOptions) -> Iterator[str]:
         yield f"{subject}: {rule}; give --hub_model_id NAME or NAMESPACE/NAME"
 
 
-def open_repository(options: TrainOptions, say: Say) -> str | None:
-    """Creates or finds the repository and checks that the token has write access to it.
+def open_repository(options: TrainOptions, run_id: str, say: Say) -> str | None:
+    """Creates or finds the repository, and checks that the token has write access and that no other files are lost.
+
+    Args:
+        options: The flags.
+        run_id: The id of the run, which its recipe.json has.
+        say: Prints a line.
 
     Returns:
         The namespace/name of the repository, or None without --push_to_hub.
 
     Raises:
-        UsageError: The hub refuses, or cannot be reached.
+        UsageError: The hub refuses, or cannot be reached, or the repository has files of something else.
     """
     hub, name = options.hub, repository_name(options)
     if not hub.push_to_hub:
@@ -79,18 +92,76 @@ def open_repository(options: TrainOptions, say: Say) -> str | None:
     def make() -> str:
         repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
         api.auth_check(repository, write=True)  # An existing repository may belong to somebody else.
+        check_content(repository, hub, run_id)
         return repository
 
     try:
         return patiently(make, say)
+    except ForeignFilesError as error:
+        raise UsageError(f"--push_to_hub: {error}") from None
     except failures() as error:
         usual = "fix that, or train without the flag; afterwards the same command with it uploads"
         rule = REFUSALS.get(http_status(error) or 0, usual)
         raise UsageError(f"--push_to_hub: {name}: {reason(error, token)}: {rule}") from None
 
 
-def upload(repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], say: Say) -> None:
+class ForeignFilesError(UsageError):
+    """Reports that a repository has files of something else than this run."""
+
+
+def check_content(repository: str, hub: HubFlags, run_id: str) -> None:
+    """Checks that a repository is empty or has the result of this run, unless --hub_overwrite is given.
+
+    Raises:
+        ForeignFilesError: It has files of something else.
+    """
+    from huggingface_hub import HfApi
+
+    if hub.hub_overwrite:
+        return
+    files = HfApi(token=token_of(hub)).model_info(repository).siblings or []
+    names = sorted({file.rfilename for file in files} - {MADE_BY_THE_HUB})
+    if not names or (RECIPE_NAME in names and run_id_in(repository, hub) == run_id):
+        return
+    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    fix = "give another --hub_model_id, or --hub_overwrite, which replaces its files of the same names"
+    raise ForeignFilesError(f"{repository}: has files that are not from this run ({shown}); {fix}")
+
+
+def run_id_in(repository: str, hub: HubFlags) -> str | None:
+    """Returns the id of the run whose result is in a repository, which must have a recipe.json; None without an id."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = f"{HfApi().endpoint}/{repository}/resolve/main/{RECIPE_NAME}"
+    answer = get_session().get(url, headers=build_hf_headers(token=token_of(hub)))
+    hf_raise_for_status(answer)
+    try:
+        recipe = json.loads(answer.content)
+    except ValueError:
+        return None
+    return recipe.get("run") if isinstance(recipe, dict) else None
+
+
+def upload(
+    repository: str,
+    hub: HubFlags,
+    run_id: str,
+    folder: Path,
+    files: Sequence[Path],
+    say: Say,
+) -> None:
     """Uploads files of a finished run in one commit. Unchanged files are not sent again.
+
+    The content of the repository is checked again, because another run may have finished since the start of this one.
+
+    Args:
+        repository: Its namespace/name.
+        hub: The flags.
+        run_id: The id of the run.
+        folder: The output folder.
+        files: The files in it to upload.
+        say: Prints a line.
 
     Raises:
         UsageError: The upload failed. No file on the disk has changed, and the upload can be repeated.
@@ -101,17 +172,19 @@ def upload(repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], 
     api = HfApi(token=token)
 
     def commit() -> None:
+        check_content(repository, hub, run_id)
         # The operations are created for each attempt, because a commit changes them.
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
         api.create_commit(repository, operations, commit_message="Add the result of a finished run")
 
+    start = f"{folder}: is finished, but was not uploaded"
     try:
         patiently(commit, say)
+    except ForeignFilesError as error:
+        raise UsageError(f"{start}: {error}; then the same command only uploads") from None
     except failures() as error:
-        raise UsageError(
-            f"{folder}: is finished, but was not uploaded to {repository}: {reason(error, token)}; "
-            "the same command again only uploads"
-        ) from None
+        again = "the same command again only uploads"
+        raise UsageError(f"{start} to {repository}: {reason(error, token)}; {again}") from None
     say(f"uploaded: {public_urls(api.endpoint)}/{repository}")
 
 

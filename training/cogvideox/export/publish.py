@@ -20,6 +20,7 @@ from cogvideox import stopping
 from cogvideox.config.args import config_dict
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import saves_pipeline
+from cogvideox.config.hub import RECIPE_NAME
 from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
@@ -36,7 +37,7 @@ from cogvideox.planning.execution import base_precision
 from cogvideox.planning.layerwise import run_layer_by_layer
 from cogvideox.runtime.run import Run, environment
 
-RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
+INFERENCE_NAME = "inference.py"
 MIN_COSINE = 0.9999  # between the outputs of the trained and the reloaded transformer
 MAX_EFFECT_ERROR = 0.01  # largest error of reloading, relative to the change of the output by training
 ROUNDING = 1e-6  # largest error of rounding, relative to the output
@@ -90,7 +91,7 @@ def publish(
         if validator.whole_fps != validator.fps:
             why = f"because diffusers takes whole numbers only; validation videos have {validator.fps:g}"
             run.say(f"{INFERENCE_NAME} writes {plural(validator.whole_fps, 'frame')} per second, {why}")
-        made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
+        made = {"step": step, "run": run.id, **recipe, **about, "flags": config_dict(options), **environment()}
         made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has another seed
         made["verification"] = verification
         shown = write_card(run, options, task, method, validator, dataset.index, made)

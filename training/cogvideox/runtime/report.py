@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from cogvideox.config.hub import RECIPE_NAME
 from cogvideox.errors import plural
 from cogvideox.files import REPORT_NAME, write_atomically
 from cogvideox.runtime.metrics import MOTION, MetricRecords, by_grid, column, is_finite, read_records
@@ -53,7 +54,7 @@ class RunFiles:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """Returns recipe.json, which exists when the result has been exported."""
-        return self._json("recipe.json")
+        return self._json(RECIPE_NAME)
 
     @cached_property
     def records(self) -> MetricRecords:

@@ -20,6 +20,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 from tqdm import tqdm
@@ -70,6 +71,7 @@ class Run:
         compiled: Whether accelerate's configuration asks for torch.compile.
         startup: Measures the phases before the first step.
         repository: The repository on the hub that receives the result; None on ranks other than the main process.
+        id: What tells this run from others, on the main process. All runs in one output folder have the same.
     """
 
     accelerator: "Accelerator"
@@ -79,6 +81,7 @@ class Run:
     compiled: bool
     startup: Startup = field(default_factory=Startup)
     repository: str | None = None
+    id: str = field(default_factory=lambda: uuid4().hex)
     _lock: Lock | None = field(default=None, repr=False)
 
     @property
@@ -270,6 +273,7 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         remove_temporaries(folder)
     if not (folder / RUN_CONFIG_NAME).exists():
         write_config(run, options)
+    run.id = read_run_config(folder).get("run", run.id)
     return None
 
 
@@ -289,19 +293,22 @@ def content_problem(train: TrainFlags) -> str | None:
 
 def has_run_config(folder: Path) -> bool:
     """Returns whether a folder has the config.json of a run. The folder of a model has another file of this name."""
+    return (folder / RUN_CONFIG_NAME).exists() and "flags" in read_run_config(folder)
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of config.json. A damaged one counts as that of a run, which writes it again."""
     try:
         config = json.loads((folder / RUN_CONFIG_NAME).read_bytes())
-    except FileNotFoundError:
-        return False
     except ValueError:
-        return True  # a damaged one, which the run writes again
-    return isinstance(config, dict) and "flags" in config
+        return {"flags": {}}
+    return config if isinstance(config, dict) else {}
 
 
 def open_run_repository(run: Run, options: TrainOptions) -> str | None:
     """Creates or finds the repository on the hub if the flags ask for one; returns the problem if that fails."""
     try:
-        run.repository = open_repository(options, run.say)
+        run.repository = open_repository(options, run.id, run.say)
     except UsageError as error:
         return str(error)
     return None
@@ -313,8 +320,14 @@ def command_line() -> str:
 
 
 def write_config(run: Run, options: TrainOptions, plan: str = "") -> None:
-    """Writes config.json: flags, precision, number of ranks, versions, the command, and the plan once it is known."""
-    config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
+    """Writes config.json: id, flags, precision, number of ranks, versions, command, and the plan once it is known."""
+    config = {
+        "run": run.id,
+        "flags": config_dict(options),
+        "precision": run.precision,
+        "ranks": run.world,
+        **environment(),
+    }
     config |= {"command": command_line()} | ({"plan": plan} if plan else {})
     write_atomically(run.output_dir / RUN_CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
