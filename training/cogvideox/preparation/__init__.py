@@ -6,6 +6,7 @@ encoding.py   encodes captions and clips, under keys of the cache
 prepare.py    prepares folders of clips and captions as cached tensors
 unusable.py   checks how many clips cannot be used
 captions.py   finds captions that T5 cuts off or cannot tell apart
+misread.py    finds captions that were read in another encoding than written
 causes.py     groups the reasons why clips cannot be used, with fixes
 pictures.py   draws strips and contact sheets of the clips
 data_page.py  writes report.html about the data set, and finds odd clips

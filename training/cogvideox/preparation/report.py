@@ -25,10 +25,11 @@ from cogvideox.data.records import SHORT, SMALL
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
 from cogvideox.errors import UsageError, plural
 from cogvideox.model import encode, models
-from cogvideox.preparation.captions import caption_notes, indented, shared_notes
+from cogvideox.preparation.captions import caption_notes, clips_by_caption, indented, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
 from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
+from cogvideox.preparation.misread import misread_notes
 from cogvideox.preparation.prepare import Preparation, num_decoders
 from cogvideox.preparation.proposals import USUAL
 from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad, unused_notes
@@ -219,7 +220,7 @@ def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list
     notes += leak_notes(preparation, records)
     notes += rate_notes(used, preparation.recipe.fps)
     tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)
-    notes += caption_notes(tokenizer, clips, geometry.max_text_seq_length)
+    notes += [*misread_notes(clips_by_caption(clips)), *caption_notes(tokenizer, clips, geometry.max_text_seq_length)]
     return notes + shared_notes(used_clips(preparation.samples[:number], records[:number]))
 
 
