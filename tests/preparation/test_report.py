@@ -401,6 +401,13 @@ def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Pa
         assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))
 
 
+def test_captions_that_were_misread_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:
+    captions = ["a caf\u00c3\u00a9", *(f"A red square {number}." for number in range(5))]
+    (data / "prompts.txt").write_text("\n".join(captions), encoding="utf-8")
+    lines = described(configs, data, tmp_path / "out")
+    assert '  videos/00000.mp4: "a caf\u00c3\u00a9" may mean "a caf\u00e9"' in lines
+
+
 def test_notes_on_captions_count_used_clips_only(configs: Path, data: Path, tmp_path: Path) -> None:
     """A copy of a clip with the same caption is not counted, and neither is a clip that cannot be used."""
     shutil.copy(data / "videos/00000.mp4", data / "videos/00002.mp4")

@@ -129,6 +129,7 @@ def test_dots_replace_text_that_is_left_out(tmp_path: Path) -> None:
     assert bytes_of("a\nb\nc\nd") == bytes_of("a\nb\nc ...") != bytes_of("a\nb\nc")
     assert bytes_of("a\x00b\x1bc\udc80") == bytes_of("a b c")
     assert bytes_of("  a\t b \n\n c ") == bytes_of("a b\nc")
+    assert bytes_of("cafe\u0301") == bytes_of("caf\u00e9")  # as a Mac writes names
 
 
 @pytest.mark.parametrize("label", ["", "\n", "\u200b", "\U0001f431", "\u0301"])

@@ -7,6 +7,7 @@ are uint8 RGB arrays of shape (H, W, 3); all lengths are in pixels. The same row
 
 import io
 import math
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def _text_block(text: str, size: int, width: int) -> MaybeImage:
 
 def _wrapped(text: str, font: Font, width: int) -> Iterator[str]:
     """Yields lines of at most ``width`` pixels. Only a word that does not fit into one line is broken."""
-    for paragraph in text[:LONGEST_LABEL].splitlines():
+    # Names of files from a Mac have their accents apart, and the font has no such characters.
+    for paragraph in unicodedata.normalize("NFC", text[:LONGEST_LABEL]).splitlines():
         line = ""
         for word in "".join(letter if letter.isprintable() else " " for letter in paragraph).split():
             rest = f"{line} {word}".strip()
