@@ -399,6 +399,36 @@ def test_incomplete_pairs_are_reported_with_a_fix(tmp_path: Path) -> None:
     ]
 
 
+def test_captions_in_another_folder_than_their_clips_are_named(tmp_path: Path) -> None:
+    """Clips in videos/ have their captions in labels/; no other folder is guessed."""
+    touch(tmp_path, *(f"videos/{k}.mp4" for k in range(5)), "videos/twice.mp4", "more/twice.mp4")
+    touch(tmp_path, *(f"captions/{k}.txt" for k in range(5)), "captions/twice.txt", "captions/other.txt")
+    found = [problem.removesuffix(f"; {WITHOUT_CAPTIONS}") for problem in problems(tmp_path)]
+    first = "videos/0.mp4, videos/1.mp4, videos/2.mp4 and 2 more (5 in all)"
+    write = "write it next to the clip, into a file of the same name that ends in .txt"
+    alone = "is a caption without a clip; add the clip, or rename it to end in something else"
+    assert found == [
+        f"{tmp_path}: captions/other.txt: {alone}",
+        f"{tmp_path}: captions/twice.txt: {alone}",
+        f"{tmp_path}: more/twice.mp4: has no caption; {write}",
+        f"{tmp_path}: videos/twice.mp4: has no caption; {write}",
+        f"{tmp_path}: {first}: has no caption; move it next to the clip, from captions/",
+    ]
+
+
+def test_pictures_in_a_folder_with_a_caption_are_the_frames_of_a_clip(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"my clip/{k:04d}.PNG" for k in range(30)), "photos/a.png", "photos/b.mp4")
+    for name in ("my clip", "photos", "photos/a", "photos/b"):
+        (tmp_path / f"{name}.txt").write_text("x")
+    images = "'my clip/*.PNG' 'my clip.mp4'"
+    command = f"`ffmpeg -framerate 24 -pattern_type glob -i {images}`"
+    assert problems(tmp_path) == (
+        f"{tmp_path}: my clip.txt: is a caption without a clip; make a clip of the pictures in my clip/, {command}, "
+        "and move them out of the data set",
+        f"{tmp_path}: photos.txt: is a caption without a clip; add the clip, or rename it to end in something else",
+    )
+
+
 def test_many_clips_without_captions_are_one_line(tmp_path: Path) -> None:
     touch(tmp_path, *(f"IMG_{k:04d}.MOV" for k in range(30)))
     (found,) = problems(tmp_path)

@@ -19,7 +19,8 @@ from cogvideox.files import LFS_POINTER, lfs_rule
 POINTER = "Git LFS pointer"  # a kind of problem, see Problems.add
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 EXAMPLES = 3  # how many problems of one kind are printed in full
-NO_CAPTION, NO_CAPTIONS = "no caption", "no captions at all"  # kinds of problems
+# Kinds of problems about missing captions.
+NO_CAPTION, NO_CAPTIONS, CAPTION_ELSEWHERE = "no caption", "no captions at all", "caption in another folder"
 # The end of messages about missing captions.
 WITHOUT_CAPTIONS = "prepare_dataset.py --dry_run and --suggest_buckets work without captions"
 
@@ -94,7 +95,7 @@ class Problems:
             line: The message. It begins with a location and ends with a rule (what is wrong and how to fix it), and
                 ": " separates them.
         """
-        if not self.captions and kind in (NO_CAPTION, NO_CAPTIONS):
+        if not self.captions and kind in (NO_CAPTION, NO_CAPTIONS, CAPTION_ELSEWHERE):
             return
         line = one_line(line)
         self._counts[kind] += 1

@@ -14,12 +14,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from shlex import quote
 
 from cogvideox.config.flags import CAPTION_FILES, IMAGE_FILES, TENSOR_FOLDER, VIDEO_FILES, FolderFlags
 from cogvideox.data.forms.columns import (
+    CAPTION_ELSEWHERE,
     NO_CAPTION,
     NO_CAPTIONS,
     WITHOUT_CAPTIONS,
@@ -32,6 +34,7 @@ from cogvideox.data.forms.paths import (
     MEDIA_SUFFIXES,
     PathRules,
     fold_name,
+    is_image,
     is_listed,
 )
 from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
@@ -245,6 +248,24 @@ class _Scan:
     tables: list[str] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """One image of each folder that has several images and no videos, and the name of a caption without a clip."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for stem, names in self.media.items():
+            if (folder := os.path.dirname(stem)) in self.texts and folder not in self.media:
+                found[folder].append(names[0])
+        return {folder: names[0] for folder, names in found.items() if len(names) > 1 and all(map(is_image, names))}
+
+    def captions_elsewhere(self) -> dict[str, str]:
+        """Returns the captions without a clip by the clips that have their name in another folder and no caption."""
+        clips, texts = _by_name(self.media.keys() - self.texts.keys()), _by_name(self.texts.keys() - self.media.keys())
+        return {
+            clips[name][0]: texts[name][0]
+            for name in clips.keys() & texts.keys()
+            if len(clips[name]) == len(texts[name]) == 1
+        }
+
 
 def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
     """Reads media files with the captions next to them, in the order of their paths."""
@@ -262,8 +283,9 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
         accepted = f"{lists}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
         problems.add("no data set", f"{root}: has none of: {accepted}; there are: {_text_files(root)}")
         return Columns()
-    for stem in sorted(scan.media.keys() | scan.texts.keys()):
-        _check_pair(root, stem, scan, problems)
+    elsewhere = scan.captions_elsewhere()
+    for stem in sorted((scan.media.keys() | scan.texts.keys()) - set(elsewhere.values())):
+        _check_pair(root, stem, scan, elsewhere, problems)
     texts = {names[0]: scan.texts.get(stem, [""])[0] for stem, names in scan.media.items()}
     videos = sorted(texts)
     captions = [texts[video] for video in videos]
@@ -378,13 +400,32 @@ def _names(folder: str, problems: Problems) -> list[str]:
     return sorted(name for name in names if is_listed(name) and name != TENSOR_FOLDER)
 
 
-def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
-    """Reports a clip without exactly one caption, and a caption without exactly one clip."""
+def _by_name(stems: Iterable[str]) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for stem in stems:
+        found[fold_name(os.path.basename(stem))].append(stem)
+    return found
+
+
+def _check_pair(root: str, stem: str, scan: _Scan, elsewhere: Mapping[str, str], problems: Problems) -> None:
+    """Reports a clip without exactly one caption, and a caption without exactly one clip.
+
+    Args:
+        root: The folder.
+        stem: A path without its suffix.
+        scan: The files of the folder.
+        elsewhere: Captions in other folders than their clips, by the clip.
+        problems: Collects what is wrong.
+    """
     media, texts = scan.media.get(stem, []), scan.texts.get(stem, [])
     for kind, names in (("clips", media), ("captions", texts)):
         if len(names) > 1:
             problems.add(f"{kind} of one name", f"{root}: {_same_names(kind, names)}")
-    if not texts:
+    if stem in elsewhere:
+        folder = os.path.join(os.path.dirname(scan.texts[elsewhere[stem]][0]), "")
+        rule = f"has no caption; move it next to the clip, from {folder or root}"
+        problems.add(CAPTION_ELSEWHERE, f"{root}: {media[0]}: {rule}; {WITHOUT_CAPTIONS}")
+    elif not texts and os.path.dirname(stem) not in scan.pictures:
         fix = "write it next to the clip, into a file of the same name that ends in .txt"
         if stem in scan.others:  # such as .caption, which other trainers read
             fix += f", not in {os.path.splitext(scan.others[stem][0])[1]}"
@@ -395,6 +436,11 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
         problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not supported; {fix}")
     elif not media and not _is_document(texts[0]):
         fix = "add the clip, or rename it to end in something else"
+        if (picture := scan.pictures.get(stem)) is not None:
+            folder, suffix = os.path.dirname(picture), os.path.splitext(picture)[1]
+            images, clip = quote(f"{folder}/*{suffix}"), quote(f"{folder}.mp4")
+            command = f"`ffmpeg -framerate 24 -pattern_type glob -i {images} {clip}`"
+            fix = f"make a clip of the pictures in {folder}/, {command}, and move them out of the data set"
         clips = scan.media.get(os.path.splitext(stem)[0], [])
         if any(unicodedata.normalize("NFC", clip) == stem for clip in clips):
             fix = "leave the suffix of the clip out of its name, as in clip.mp4 and clip.txt"

@@ -32,10 +32,13 @@ _OUTSIDE = "outside the data root"
 LIST_FILES = (*CAPTION_FILES, *VIDEO_FILES, *IMAGE_FILES)
 MOST_SEARCHED = 100_000  # names below a folder among which the nearest to a missing one is searched
 MOST_COMPARED = 5_000  # names that are compared letter by letter
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
 MEDIA_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
     ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+    *IMAGE_SUFFIXES,
 )  # fmt: skip
 # Files and folders that file managers and network storage create. They are skipped, as hidden files are.
 JUNK = {
@@ -221,6 +224,11 @@ class PathRules:
 def fold_name(name: str) -> str:
     """Returns a form of a name that is equal for names which differ only in letter case or Unicode's normal form."""
     return name.casefold() if name.isascii() else unicodedata.normalize("NFC", name.casefold())
+
+
+def is_image(path: str) -> bool:
+    """Returns whether a path ends as those of images do."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_listed(name: str) -> bool:
