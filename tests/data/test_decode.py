@@ -256,7 +256,7 @@ def test_indices_out_of_range(clip, indices):
 @pytest.mark.fault("data: headers of enormous videos")
 def test_limits(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(packets, "MAX_FRAMES", COUNT - 1)
-    with pytest.raises(VideoError, match="more than 59 frames"):
+    with pytest.raises(VideoError, match="more than 59 frames; cut it into parts: `ffmpeg -i IN -c copy "):
         probe(clip)
     monkeypatch.setattr(packets, "MAX_FRAMES", COUNT)
     monkeypatch.setattr(faults, "MAX_SIDE", WIDTH - 1)

@@ -139,8 +139,9 @@ def test_keyframes_are_decoded_for_their_size_only_if_headers_change(
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0\0", b"\0\0\1", b"\0\0\1\x41", bytes(64), b"\xff" * 64])
-@pytest.mark.parametrize("extradata", [b"", b"\1\x64\0\x1f\xff", b"\1"])
-@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "mpeg4"])
+@pytest.mark.parametrize("extradata", [b"", b"\1\x64\0\x1f\xff", b"\1", b"\xff"])
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vvc", "vp9", "mpeg4"])
 def test_headers_of_damaged_packets_raise_nothing(codec: str, extradata: bytes, data: bytes) -> None:
     headers, packet = KeyframeHeaders(codec, extradata), av.Packet(data)
     headers.read(packet)
+    headers.leads(packet)

@@ -352,7 +352,9 @@ TICKS = [8 * (number // 4) + (0, 1, 2, 6)[number % 4] for number in range(COUNT)
 def timed_cases() -> Iterator[Case]:
     """Yields files with unusual timestamps, lengths and display matrices."""
     # The frames nearest to ticks 22, 25, 28 ... 46; if two are equally near, the earlier one.
-    yield good("variable_rate.mp4", lambda: encode("mp4", pts=TICKS), (11, 13, 14, 15, 18, 19, 20, 22, 23))
+    variable = (11, 13, 14, 15, 18, 19, 20, 22, 23)
+    yield good("variable_rate.mp4", lambda: encode("mp4", pts=TICKS), variable)
+    yield good("variable_rate.mpg", lambda: encode("mpeg", "mpeg2video", grainy(), options=NO_B, pts=TICKS), variable)
     yield good("trimmed_by_edit_list.mp4", lambda: trimmed(7, 28), range(7, 32, 3))
     yield bad("trimmed_too_short.mp4", lambda: trimmed(7, 9), "0.38 s give 3 frames .* has 9")
     yield bad("shorter_than_bucket.mp4", lambda: plain_of(10), "0.42 s give 4 frames .* has 9")
@@ -370,6 +372,16 @@ def timed_cases() -> Iterator[Case]:
     yield good("no_rate_in_header.mkv", lambda: without_rate(plain("matroska")))
     yield good("header_says_weeks.mp4", long_header)
     yield bad("no_timestamps.h264", lambda: plain("h264"), "no timestamps")
+
+
+NO_B = {"g": "12", "bf": "0", "qmin": "2", "qmax": "2"}
+
+
+def grainy() -> list[np.ndarray]:
+    """Returns pictures that take more than the 2 KB of a packet of mpeg, which has one timestamp."""
+    noise = np.random.default_rng(0).integers(-24, 24, (COUNT, 2 * HEIGHT, 2 * WIDTH, 1))
+    clean = pictures(height=2 * HEIGHT, width=2 * WIDTH)
+    return [np.clip(pixels + grain, 0, 255).astype(np.uint8) for pixels, grain in zip(clean, noise, strict=True)]
 
 
 def plain_of(count: int) -> bytes:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 MAX_SIDE = 16384  # pixels
 
 AGAIN = "download it again or re-encode it"
+RE_ENCODE = "re-encode it: `ffmpeg -i IN OUT.mp4`"
 
 # Errors that the file system or the machine causes and not the file, so a later attempt may succeed.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -50,7 +51,10 @@ def errors_naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Ite
         fix = "check the path" if error.errno in _PATH_ERRORS else AGAIN
         raise VideoError(f"{path}: cannot be read: {_reason(error)}; {fix}") from error
     except errors as error:
-        raise VideoError(f"{path}: cannot be read: {_reason(error)}; {AGAIN}") from error
+        # FFmpeg has no other message for a format that it knows and may not read, see packets.py.
+        is_foreign = getattr(error, "errno", None) == errno.EINVAL
+        rest = "its format is not supported; convert it to mp4" if is_foreign else f"{_reason(error)}; {AGAIN}"
+        raise VideoError(f"{path}: cannot be read: {rest}") from error
 
 
 def check_size(height: int, width: int) -> None:

@@ -69,7 +69,7 @@ class KeyframeHeaders:
     def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields the type and the bytes of each unit of a packet, up to the first that holds picture data."""
         for unit in units_of(data, self._length_bytes):
-            kind = {"h264": unit[0] & 31, "hevc": unit[0] >> 1 & 63, "vvc": unit[1:2][0] >> 3}[self._codec]
+            kind = {"h264": unit[0] & 31, "hevc": unit[0] >> 1 & 63, "vvc": int.from_bytes(unit[1:2]) >> 3}[self._codec]
             yield kind, unit
             if kind in _SLICES[self._codec]:
                 return

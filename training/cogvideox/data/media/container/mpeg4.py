@@ -16,7 +16,7 @@ from av.packet import Packet
 
 from cogvideox.data.media.container.bits import Bits
 from cogvideox.data.media.container.picture import Picture
-from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.faults import RE_ENCODE, VideoError
 
 # A start code, followed by the headers of a stream or by a picture.
 _START = re.compile(rb"\x00\x00\x01([\x20-\x2f\xb6])")
@@ -49,7 +49,7 @@ class Unpacker:
         if self._waiting and pictures[0].is_empty:
             pictures.pop(0)
         elif self._waiting and not pictures[0].is_b:
-            raise VideoError("has packed B-frames without positions; re-encode it: `ffmpeg -i IN OUT.mp4`")
+            raise VideoError(f"has packed B-frames without positions; {RE_ENCODE}")
         self._waiting.extend(pictures)
         yield self._next(position, packet)
 

@@ -29,7 +29,7 @@ from cogvideox.data.media.container.joined import second_file
 from cogvideox.data.media.container.keyframes import KeyframeHeaders
 from cogvideox.data.media.container.mpeg4 import Unpacker
 from cogvideox.data.media.container.picture import Picture
-from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
+from cogvideox.data.media.faults import AGAIN, RE_ENCODE, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import PacketIndex
 from cogvideox.errors import plural
 
@@ -283,7 +283,8 @@ class _PacketLog:
         elif self._leads:
             self.start = min(self.start, packet.pts)
         if len(self.entries) > MAX_FRAMES:
-            raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into clips")
+            parts = "`ffmpeg -i IN -c copy -f segment -segment_time 1800 -reset_timestamps 1 OUT%02d.mkv`"
+            raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into parts: {parts}")
 
     def _check_time(self, pts: int, is_key: bool, stream: VideoStream) -> None:
         """Raises VideoError where timestamps start again, as they do in files that were joined end to end.
@@ -349,7 +350,7 @@ def _check_decodable(container: InputContainer, stream: VideoStream) -> VideoStr
         raise VideoError("has a codec for which there is no decoder; re-encode it as h264")
     if container.format.name in ("avi", "asf") and codec.name in ("h264", "hevc") and codec.has_b_frames:
         name = container.format.name
-        raise VideoError(f"its B-frames have no timestamps in {name}; re-encode it: `ffmpeg -i IN OUT.mp4`")
+        raise VideoError(f"its B-frames have no timestamps in {name}; {RE_ENCODE}")
     codec.thread_count = 1  # files are decoded in parallel by several worker processes already
     return stream
 

@@ -41,7 +41,7 @@ from cogvideox.data.media.container.packets import (
     strict_decoder,
     unpacker,
 )
-from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
+from cogvideox.data.media.faults import AGAIN, RE_ENCODE, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.pixels.decord_reader import read_with_decord
 from cogvideox.data.media.pixels.pictures import is_picture, probe_picture, read_picture
@@ -356,9 +356,9 @@ def _rotation(frame: VideoFrame) -> int:
         return 0
     a, b, _, c, d = struct.unpack_from("=5i", bytes(side_data["DISPLAYMATRIX"]))
     if a * d - b * c < 0:
-        raise VideoError("is mirrored by its display matrix; re-encode it")
+        raise VideoError(f"is mirrored by its display matrix; {RE_ENCODE}")
     if frame.rotation % 90:
-        raise VideoError(f"is rotated by {frame.rotation} degrees; only 90, 180 and 270 are supported; re-encode it")
+        raise VideoError(f"is rotated by {frame.rotation} degrees; only 90, 180 and 270 are supported; {RE_ENCODE}")
     return frame.rotation % 360
 
 
