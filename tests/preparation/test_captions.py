@@ -57,6 +57,15 @@ def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
     assert not any("0.mp4" in line for line in lines)
 
 
+def test_names_of_clips_do_not_reach_the_terminal_as_they_are(tokenizer: Any) -> None:
+    """A name may hold a line break, or codes that a terminal executes."""
+    clips = [(Sample(f"a\nb\x1b[2J{k}.mp4", text, "/x"), str(k)) for k, text in enumerate(["\u732b", "\u72d7 " * 99])]
+    lines = [*caption_notes(tokenizer, clips, LENGTH), *shared_notes([(clips[0][0], "1"), clips[0]])]
+    assert len(lines) >= 6
+    assert all(line.isprintable() for line in lines)
+    assert sum("a\\nb\\x1b[2J" in line for line in lines) >= 4
+
+
 def test_prompts_that_t5_does_not_read_are_named(tokenizer: Any) -> None:
     assert prompt_notes(tokenizer, ["A red square.", ""]) == []
     (line,) = prompt_notes(tokenizer, ["A red square.", "A \u4e00\u53ea \u732b"])

@@ -172,5 +172,5 @@ def quoted(text: str) -> str:
 
 
 def indented(lines: Sequence[str]) -> list[str]:
-    """Returns the first of many lines, indented as details of the line above."""
-    return [f"  {line}" for line in first_of(lines)]
+    """Returns the first of many texts, each as one printable line, indented as details of the line above."""
+    return [f"  {one_line(line)}" for line in first_of(lines)]

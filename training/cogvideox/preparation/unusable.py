@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cogvideox.data.clips import max_bad
 from cogvideox.data.forms.unused import Unused
 from cogvideox.data.records import ClipRecord
-from cogvideox.errors import UsageError, plural
+from cogvideox.errors import UsageError, one_line, plural
 from cogvideox.preparation.captions import indented
 
 
@@ -56,11 +56,11 @@ def unused_notes(unused: Unused) -> list[str]:
     lines = skipped_notes(unused.unsupported)
     for file, texts in unused.captions.items():
         say = plural(len(texts), "text file next to a clip says", "text files next to clips say")
-        rule = f"{say} something else than {file}, which is read instead"
+        rule = f"{say} something else than {one_line(file)}, which is read instead"
         lines += [f"{rule}; copy what is new into it, or remove the text files:", *indented(texts)]
     for file, clips in unused.clips.items():
         are = plural(len(clips), "clip with a caption next to it is", "clips with a caption next to them are")
-        lines += [f"{are} not in {file}, and thus not used; add a row or line for each:", *indented(clips)]
+        lines += [f"{are} not in {one_line(file)}, and thus not used; add a row or line for each:", *indented(clips)]
     if unused.tables:
         are = plural(len(unused.tables), "table is", "tables are")
         rule = f"{are} not read, because captions are next to the clips"
