@@ -509,6 +509,21 @@ def test_a_finished_run_is_shared_by_the_same_command_with_the_flag(
     assert 'snapshot_download("someone/my-lora")' in (output / "README.md").read_text()
 
 
+def test_a_run_of_an_older_version_gets_an_id_that_stays(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "my-lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1)
+    assert train(flags) == 0
+    config = json.loads((output / "config.json").read_text())
+    del config["run"]
+    (output / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        assert train([*flags, *PUSH[:3]]) == 0
+    with pytest.raises(UsageError, match="has files that are not from this run"):
+        train([*lora_flags(model, tensors, tmp_path / "new/my-lora", "--load_tensors"), *PUSH[:3]])
+
+
 @pytest.mark.fault("security: a token, searched for in every file and printed line")
 def test_a_token_in_a_bad_command_is_not_repeated(tmp_path: Path) -> None:
     flags = ["--hub_token", TOKEN, "x", f"--hub_tokn={TOKEN}", "--rank", "0", "--seed", "x"]
