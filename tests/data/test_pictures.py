@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -245,8 +246,8 @@ def test_a_truncated_picture_is_an_error_wherever_it_ends(tmp_path: Path, suffix
 @pytest.mark.parametrize(
     ("suffix", "fix"),
     [
-        ("png", "convert it: `ffmpeg -i IN OUT.mp4`"),
-        ("avif", "convert it: `ffmpeg -i IN OUT.mp4`"),
+        ("png", "convert it: `ffmpeg -i IN -c:v ffv1 OUT.mkv`"),
+        ("avif", 'convert it: `python -c "from PIL import Image; '),
         ("webp", 'convert it: `python -c "from PIL import Image; '),
         ("tif", "save each one as a separate file"),
     ],
@@ -258,16 +259,35 @@ def test_several_pictures_in_a_file_are_refused(tmp_path: Path, suffix: str, fix
         probe(path)
 
 
-def test_the_command_for_animated_webp_works(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "green", "blue")]
-    path = saved(tmp_path / "a.webp", pictures[0], save_all=True, append_images=pictures[1:], duration=50)
+@pytest.mark.parametrize("suffix", ["png", "webp", "avif"])
+def test_the_commands_for_animated_pictures_work(tmp_path: Path, suffix: str) -> None:
+    """They keep the colors, the times and the transparency. The step of ffmpeg is done by its libraries."""
+    opaque = [Image.new("RGBA", (WIDTH, HEIGHT), color) for color in ("red", "green", "blue")]
+    pictures = [picture.copy() for picture in opaque]
+    for picture in pictures:
+        picture.paste((255, 255, 0, 0), (WIDTH // 2, 0, WIDTH, HEIGHT))
+    more = {"append_images": pictures[1:], "duration": 50, **({} if suffix == "png" else {"quality": 100})}
+    path = saved(tmp_path / f"a.{suffix}", pictures[0], save_all=True, **more)
     with pytest.raises(VideoError) as caught:
         probe(path)
-    command = str(caught.value).split("`")[1].removeprefix("python")
-    command = command.replace("IN'", f"{path}'").replace("OUT", str(tmp_path / "OUT"))
-    subprocess.run(shlex.split(sys.executable + command), check=True)
-    info = probe(tmp_path / "OUT.gif")
+    *by_pillow, to_video = str(caught.value).split("`")[1::2]
+    for command in by_pillow:
+        words = command.removeprefix("python").replace("IN'", f"{path}'").replace("OUT", str(tmp_path / "OUT"))
+        subprocess.run(shlex.split(sys.executable + words), check=True)
+    _, _, source, *codec, target = shlex.split(to_video)
+    assert (source, codec) == ("OUT.png" if by_pillow else "IN", ["-c:v", "ffv1"])
+    with av.open(str(tmp_path / source if by_pillow else path)) as given, av.open(str(tmp_path / target), "w") as made:
+        stream = made.add_stream("ffv1", rate=20)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "bgra"
+        for frame in given.decode(video=0):
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode())
+    info = probe(tmp_path / target)
     assert (info.num_frames, info.fps) == (3, pytest.approx(20))
+    frames = read_frames(tmp_path / target, info, range(3), HEIGHT, WIDTH)
+    for frame, picture in zip(frames, opaque, strict=True):
+        assert np.abs(frame[:, : WIDTH // 2 - 1] - np.asarray(picture, int)[:, : WIDTH // 2 - 1, :3]).max() <= 2
+        assert frame[:, WIDTH // 2 + 1 :].max() <= 2
 
 
 def test_the_first_picture_of_an_mpo_is_read(tmp_path: Path) -> None:

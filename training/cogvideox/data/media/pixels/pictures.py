@@ -35,12 +35,17 @@ _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 # FFmpeg returns the tiles of a HEIC photograph one by one, and PyAV does not say how to put them together.
 _HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --out OUT.jpg`"
 
-# What the user can do with several pictures in one file. FFmpeg does not read animated webp, so Pillow converts it.
+# What the user can do with several pictures in one file. The ffmpeg program takes the still picture of an animated
+# avif, and most of its versions do not read animated webp, so Pillow converts these to animated png. h264 would show
+# the colors under transparent parts, but ffv1 keeps the transparency.
+_BY_PILLOW = """`python -c "from PIL import Image; Image.open('IN').save('OUT.png', save_all=True)"`"""
+_TWO_STEPS = f"convert it: {_BY_PILLOW}, then `ffmpeg -i OUT.png -c:v ffv1 OUT.mkv`"
 _SINGLES = {
     "TIFF": "save each one as a separate file",
-    "WEBP": """convert it: `python -c "from PIL import Image; Image.open('IN').save('OUT.gif', save_all=True)"`""",
+    "PNG": "convert it: `ffmpeg -i IN -c:v ffv1 OUT.mkv`",
+    "WEBP": _TWO_STEPS,
+    "AVIF": _TWO_STEPS,
 }
-_ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
@@ -136,7 +141,7 @@ def _check_header(picture: Image.Image) -> None:
     # The second picture of an MPO is another view or a preview of the same photo.
     num_frames = getattr(picture, "n_frames", 1)
     if num_frames > 1 and picture.format != "MPO":
-        fix = _SINGLES.get(picture.format or "", _ANIMATED)
+        fix = _SINGLES.get(picture.format or "", _TWO_STEPS)
         raise VideoError(f"holds {num_frames} pictures, but only single pictures are supported; {fix}")
     if picture.mode in _WIDER:
         raise VideoError(f"has pixels of 32 bits (mode {picture.mode}); save it with 8 or 16 bits")
