@@ -1,6 +1,7 @@
 import functools
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,14 @@ def test_the_line_ends_with_a_fix(case: Case, read: Read) -> None:
     found = re.search(rf"\b({FIXES})\b", fix)
     assert fix != outcome.line, f"no fix in {outcome.line!r}"
     assert found, f"no verb in {fix!r}"
+
+
+@pytest.mark.parametrize("case", named([case for case in CASES if not case.numbers]))
+def test_commands_can_be_given_to_a_shell(case: Case, read: Read) -> None:
+    _, outcome = read(case)
+    for command in re.findall("`([^`]+)`", outcome.line):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        assert re.search(r"\b(IN|OUT)\b", command)
 
 
 CUTS = [*BASES.items(), ("hevc", ("mp4", "libx265")), ("av1", ("webm", "libsvtav1")), ("mpg", ("mpeg", "mpeg2video"))]

@@ -10,13 +10,14 @@ and stored an empty picture (an N-VOP) at the position where the B-frame would h
 import re
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 
 from av.packet import Packet
 
 from cogvideox.data.media.container.bits import Bits
 from cogvideox.data.media.container.picture import Picture
-from cogvideox.data.media.faults import RE_ENCODE, VideoError
+from cogvideox.data.media.faults import VideoError
 
 # A start code, followed by the headers of a stream or by a picture.
 _START = re.compile(rb"\x00\x00\x01([\x20-\x2f\xb6])")
@@ -28,8 +29,15 @@ _HEADER_BYTES = 64  # more than a header can take
 class Unpacker:
     """Divides packets that hold several pictures. Those after the first wait for the empty packets that follow."""
 
-    def __init__(self, headers: bytes, in_avi: bool) -> None:
-        self._in_avi = in_avi
+    def __init__(self, headers: bytes, in_avi: bool, rate: Fraction | int) -> None:
+        """Reads the headers of a stream.
+
+        Args:
+            headers: Headers of the codec that the container stores.
+            in_avi: Whether the container is avi, whose timestamps are positions.
+            rate: Frames per second of the stream, for a message.
+        """
+        self._in_avi, self._rate = in_avi, rate
         self._clock_bits = 0  # number of bits that hold the time in the header of a picture
         self._waiting: deque[Picture] = deque()
         self._due = 0  # the position of the next packet
@@ -49,7 +57,9 @@ class Unpacker:
         if self._waiting and pictures[0].is_empty:
             pictures.pop(0)
         elif self._waiting and not pictures[0].is_b:
-            raise VideoError(f"has packed B-frames without positions; {RE_ENCODE}")
+            # FFmpeg decodes such a file to wrong frames without an error, but not its bare stream.
+            steps = f"`ffmpeg -i IN -c copy OUT.m4v`, then `ffmpeg -f m4v -framerate {self._rate} -i OUT.m4v OUT.mp4`"
+            raise VideoError(f"has packed B-frames without positions; re-encode its bare stream: {steps}")
         self._waiting.extend(pictures)
         yield self._next(position, packet)
 

@@ -137,7 +137,7 @@ def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
     """
     codec = stream.codec_context
     if codec.name == "mpeg4":
-        return Unpacker(codec.extradata or b"", stream.container.format.name == "avi")
+        return Unpacker(codec.extradata or b"", stream.container.format.name == "avi", stream.average_rate or 24)
     return FieldPairs(codec.extradata or b"") if codec.name == "h264" else _one_picture
 
 
@@ -295,7 +295,7 @@ class _PacketLog:
             self._latest_before_keyframe = self._latest
         if self._latest_before_keyframe is not None and pts < self._latest_before_keyframe:
             rate = Fraction(stream.average_rate or 24)
-            again = f"`ffmpeg -i IN -an -vf setpts=N/({rate})/TB OUT.mp4`"
+            again = f"`ffmpeg -i IN -an -vf 'setpts=N/({rate})/TB' OUT.mp4`"
             seconds = float(len(self.entries) / rate)
             raise VideoError(
                 f"consists of several joined files: its timestamps start again after {seconds:.3f} s; "
