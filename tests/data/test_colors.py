@@ -209,7 +209,7 @@ def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: P
 
 
 def test_the_command_encodes_again_where_no_filter_names_the_matrix() -> None:
-    assert tag_command("mpeg4") == "`ffmpeg -i IN -vf setparams=colorspace=bt709 OUT` (mpeg4)"
+    assert tag_command("mpeg4") == "`ffmpeg -i IN -vf setparams=colorspace=bt709 OUT.mp4` (mpeg4)"
 
 
 def test_one_line_counts_what_is_converted(tmp_path: Path) -> None:

@@ -287,8 +287,10 @@ def color_notes(records: Records) -> Iterator[str]:
 
 def tag_command(codec: str) -> str:
     """Returns the command that names bt709 in a file of a codec."""
-    how = f"-c copy -bsf:v {TAG_FILTERS[codec]}" if codec in TAG_FILTERS else "-vf setparams=colorspace=bt709"
-    return f"`ffmpeg -i IN {how} OUT` ({codec})"
+    how = "-vf setparams=colorspace=bt709 OUT.mp4"  # other containers, such as avi, do not store the matrix
+    if codec in TAG_FILTERS:
+        how = f"-c copy -bsf:v {TAG_FILTERS[codec]} OUT"
+    return f"`ffmpeg -i IN {how}` ({codec})"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:
