@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from shlex import quote
@@ -33,6 +33,7 @@ from cogvideox.data.forms.columns import (
 from cogvideox.data.forms.paths import (
     MEDIA_SUFFIXES,
     PathRules,
+    by_name,
     fold_name,
     is_image,
     is_listed,
@@ -259,7 +260,7 @@ class _Scan:
 
     def captions_elsewhere(self) -> dict[str, str]:
         """Returns the captions without a clip by the clips that have their name in another folder and no caption."""
-        clips, texts = _by_name(self.media.keys() - self.texts.keys()), _by_name(self.texts.keys() - self.media.keys())
+        clips, texts = by_name(self.media.keys() - self.texts.keys()), by_name(self.texts.keys() - self.media.keys())
         return {
             clips[name][0]: texts[name][0]
             for name in clips.keys() & texts.keys()
@@ -398,13 +399,6 @@ def _names(folder: str, problems: Problems) -> list[str]:
         problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
         return []
     return sorted(name for name in names if is_listed(name) and name != TENSOR_FOLDER)
-
-
-def _by_name(stems: Iterable[str]) -> dict[str, list[str]]:
-    found = defaultdict(list)
-    for stem in stems:
-        found[fold_name(os.path.basename(stem))].append(stem)
-    return found
 
 
 def _check_pair(root: str, stem: str, scan: _Scan, elsewhere: Mapping[str, str], problems: Problems) -> None:

@@ -15,7 +15,7 @@ import re
 import stat
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from shlex import quote
 from urllib.parse import unquote
 
@@ -46,7 +46,7 @@ JUNK = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
 
-_ByName = dict[str, list[str]]  # Maps the folded form of a name (see fold_name) to the files that have it.
+ByName = dict[str, list[str]]  # Maps the folded form of a name (see fold_name) to the files that have it.
 PathProblem = tuple[str, str] | None  # None, or the kind of the problem and a line with the reason and the fix
 
 
@@ -63,8 +63,8 @@ class PathRules:
         # They end in a separator, because otherwise /data would allow /database.
         self._allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (root, *allow_paths))
         self._real_parents: dict[str, str] = {}
-        self._names: dict[str, tuple[_ByName, _ByName]] = {}
-        self._below: dict[str, _ByName] = {}
+        self._names: dict[str, tuple[ByName, ByName]] = {}
+        self._below: dict[str, ByName] = {}
         self._num_compared = 0
 
     def find(self, column: Column, what: str, problems: Problems) -> list[str | None]:
@@ -146,7 +146,7 @@ class PathRules:
         known = self._names.get(folder)
         if known is None:
             names = _listed(folder) if self.allows(os.path.realpath(folder)) else []
-            known = self._names[folder] = _by_name(names), _by_stem(names)
+            known = self._names[folder] = by_name(names), _by_stem(names)
         return known[0].get(fold_name(name)) or ([] if _is_complete(name) else known[1].get(fold_name(name), []))
 
     def _nearest(self, folder: str, path: str) -> str:
@@ -241,14 +241,15 @@ def _is_complete(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES
 
 
-def _by_name(names: Sequence[str]) -> _ByName:
+def by_name(paths: Iterable[str]) -> ByName:
+    """Returns paths by the folded form of their last part."""
     found = defaultdict(list)
-    for name in names:
-        found[fold_name(name)].append(name)
+    for path in paths:
+        found[fold_name(os.path.basename(path))].append(path)
     return found
 
 
-def _by_stem(paths: Sequence[str]) -> _ByName:
+def _by_stem(paths: Sequence[str]) -> ByName:
     """Returns the clips and images among some paths by the folded form of their name without its ending."""
     found = defaultdict(list)
     for path in paths:
