@@ -1026,6 +1026,49 @@ def test_what_all_processes_of_a_launch_have_to_say_is_printed_once(tmp_path: Pa
         assert said.count(line) == 1, said
 
 
+FAILING = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "training")!r})
+from cogvideox import stopping
+from cogvideox.config import args
+from cogvideox.errors import UsageError
+args.parse = lambda *_: None
+args.hide_secrets = lambda _: None
+def main(_):
+    Path(sys.argv[2], os.environ["RANK"]).touch()
+    while len(os.listdir(sys.argv[2])) < 2: time.sleep(0.01)
+    if os.environ["RANK"] == "0":
+        if sys.argv[1] == "saved":
+            stopping.allow("and saved after step 3 of 6")
+        time.sleep(60)
+    raise UsageError("a flag") if sys.argv[1] != "crash" else ValueError("a crash")
+args.run_script(main, None, None, ())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "stopped"),
+    [("flag", "2", ""), ("saved", "2", "stopped and saved after step 3"), ("crash", "", "")],
+)
+def test_a_process_that_is_stopped_because_another_fails_keeps_its_status(
+    how: str, status: str, stopped: str, tmp_path: Path
+) -> None:
+    """The launcher stops the others by a signal. That the same command continues would be wrong, and so would be 75."""
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "exit").touch()
+    cpu = ROOT / "accelerate_configs" / "cpu.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", cpu, "--multi_gpu"]
+    command = [*launcher, "--num_processes", "2", tmp_path / "failing.py", how, tmp_path / "ready"]
+    environ = os.environ | {"ACCELERATE_USE_CPU": "true", "COGVIDEOX_EXIT_FILE": str(tmp_path / "exit")}
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=environ).stderr
+    assert (tmp_path / "exit").read_text() == status
+    lines = [line for line in said.splitlines() if line.startswith("stopped")]
+    assert [line.startswith(stopped) for line in lines] == ([True] if stopped else []), said
+    assert said.count("(A traceback of the launcher follows.") == (0 if how == "crash" else 1 + bool(stopped))
+
+
 @pytest.mark.parametrize("printed", ["", "one.log"])
 def test_a_line_is_printed_again_to_another_place_and_without_a_launcher(tmp_path: Path, printed: str) -> None:
     """A launcher may write what each process prints to a file of its own. Without a launcher, a run is repeated."""

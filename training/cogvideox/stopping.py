@@ -38,6 +38,7 @@ from typing import NoReturn, Protocol
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_FILE = "COGVIDEOX_EXIT_FILE"  # the variable with the path of a file to which the exit status is written
 REQUEUE_EXIT, HANG_EXIT = 75, 1  # 75 is EX_TEMPFAIL of sysexits.h
+FAILED = "failed"  # name of the file by which a process tells the others of a launch that it fails
 SECOND_SIGNAL = 1.0  # seconds; an earlier signal repeats the first: schedulers signal a launcher and its children
 UNWINDING = 0.5  # seconds for the main thread to end by itself when nothing is to be saved
 FAREWELL = 2.0  # seconds for it after a checkpoint was saved, for example to close trackers
@@ -245,8 +246,10 @@ def leave(status: int | None, is_cause: bool = True) -> NoReturn:
         is_cause: Whether this rank knows why the run ends. One that only lost the others keeps what they have written.
     """
     status = _state.status = status or 0
+    if is_cause and status not in (0, REQUEUE_EXIT):
+        record_failure()
     try:
-        _write_exit_file(status, "w" if is_cause else "x")
+        _write_exit_file(status, is_cause)
     except FileExistsError:
         pass
     except OSError as error:  # such as a full disk, which may be the reason for the status
@@ -276,8 +279,24 @@ def last_line() -> str:
 
 
 def speaks() -> bool:
-    """Returns whether this process prints messages for all ranks."""
-    return os.environ.get("RANK", "0") == "0"
+    """Returns whether this process prints the last line for all ranks.
+
+    If one of them has failed, it has said why, and what was saved is all that is left to say.
+    """
+    return os.environ.get("RANK", "0") == "0" and bool(_state.achieved or not another_failed())
+
+
+def record_failure() -> None:
+    """Records for the other processes of the launch that this one fails. The launcher then stops them by a signal."""
+    with suppress(OSError):
+        _launch_file(FAILED).touch()
+
+
+def another_failed() -> bool:
+    """Returns whether a process fails that the launcher has started on this machine together with this one."""
+    with suppress(OSError):
+        return _launch_file(FAILED).exists()
+    return False
 
 
 def print_once(*lines: str) -> None:
@@ -307,18 +326,31 @@ def _record_of(text: str) -> Path:
     Raises:
         OSError: No launcher has started this process, or stderr is not a file of the system.
     """
+    place = os.fstat(sys.stderr.fileno())  # the launcher may redirect or drop what some processes print
+    name = hashlib.sha256(f"{place.st_dev} {place.st_ino} {text}".encode()).hexdigest()
+    return _launch_file(f"printed-{name}")
+
+
+def _launch_file(name: str) -> Path:
+    """Returns a file of the folder that ``torchrun`` and ``accelerate launch`` create for each start of processes.
+
+    Raises:
+        OSError: No launcher has started this process.
+    """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file or not is_launcher(os.getppid()):
         raise FileNotFoundError
-    place = os.fstat(sys.stderr.fileno())  # the launcher may redirect or drop what some processes print
-    name = hashlib.sha256(f"{place.st_dev} {place.st_ino} {text}".encode()).hexdigest()
-    return Path(error_file).parent.with_name(f"printed-{name}")
+    return Path(error_file).parent.with_name(name)
 
 
-def _write_exit_file(status: int, mode: str = "w") -> None:
-    """Writes the exit status to its file. Every rank does so, because the launcher may kill the last ones."""
+def _write_exit_file(status: int, is_cause: bool = True) -> None:
+    """Writes the exit status to its file. Every rank does so, because the launcher may kill the last ones.
+
+    A rank that only stops because another one has failed keeps what that one has written.
+    """
     if path := os.environ.get(EXIT_FILE):
-        with open(path, mode) as file:
+        is_cause = is_cause and not (status == REQUEUE_EXIT and another_failed())
+        with open(path, "w" if is_cause else "x") as file:
             file.write(str(status))
 
 

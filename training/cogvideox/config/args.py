@@ -442,6 +442,7 @@ def run_script(
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
             stopping.leave(LOST_RANK_EXIT, is_cause=False)
         else:
+            stopping.record_failure()
             raise
     if not status and (reason := console.output_problem()):
         print(f"{Path(sys.argv[0]).name}: a part of the standard output is missing: {reason}", file=sys.stderr)
