@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from fakes import options_of, run_alone
-from running import LORA_SCRIPT, Forked, lora_flags, python, train
+from launching import launched_environment
+from running import LORA_SCRIPT, ROOT, Forked, lora_flags, python, train
 
 from cogvideox.errors import UsageError
 from cogvideox.files import machine_name
@@ -33,6 +34,7 @@ from cogvideox.runtime.run import (
     Metrics,
     check_type_of_deepspeed,
     lock_output_folder,
+    make_accelerator,
     write_config,
 )
 
@@ -54,6 +56,28 @@ def test_the_compute_type_is_the_precision_s_whoever_makes_the_steps(
     run = run_alone(tmp_path)
     run.accelerator.state.deepspeed_plugin, run.precision = plugin, precision
     assert run.dtype is {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix", "more", "variable"),
+    [
+        ("uncompiled_1", "add --cpu before the script", ["--cpu"], {}),
+        ("uncompiled_2", "set the variable ACCELERATE_USE_CPU=true", [], {"ACCELERATE_USE_CPU": "true"}),
+        ("zero2", "set the variable ACCELERATE_USE_CPU=true", [], {"ACCELERATE_USE_CPU": "true"}),
+    ],
+)
+def test_a_configuration_for_gpus_names_what_trains_on_the_cpu(
+    name: str, fix: str, more: list[str], variable: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate overwrites the variable where it starts one process."""
+    path = ROOT / "accelerate_configs" / f"{name}.yaml"
+    for key, value in launched_environment(path).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UsageError, match=f"torch sees none; .* to train on the CPU {fix}$"):
+        make_accelerator(options_of(tmp_path))
+    for key, value in variable.items():
+        monkeypatch.setenv(key, value)
+    assert launched_environment(path, *more)["ACCELERATE_USE_CPU"].lower() == "true"
 
 
 def test_a_precision_that_deepspeed_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

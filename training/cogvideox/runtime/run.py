@@ -199,10 +199,11 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     deepspeed = under_deepspeed()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # ``accelerate launch`` sets it.
     if launched and not asked_for_cpu() and not torch.cuda.is_available():
-        raise UsageError(
-            "accelerate launch: its configuration is for GPUs and torch sees none; fix the driver or the torch build, "
-            "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true with this one"
-        )
+        # Where accelerate starts the script without torchrun, it overwrites the variable.
+        overwrites = "ACCELERATE_USE_CPU" in os.environ
+        fix = "add --cpu before the script" if overwrites else "set the variable ACCELERATE_USE_CPU=true"
+        rule = "its configuration is for GPUs and torch sees none"
+        raise UsageError(f"accelerate launch: {rule}; fix the driver or the torch build, or to train on the CPU {fix}")
     on_cpu = asked_for_cpu() or not torch.cuda.is_available()
     # With it, accelerate divides the processes itself, and refuses a CPU and copies without a dp_shard_size.
     os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
