@@ -144,8 +144,9 @@ def test_figures_of_an_h100_are_those_that_were_measured(row: str, published: Pa
     machine, backend, _ = dry_run.machine_for(run, options, sizes)
     plan_made = dry_run.plan_for(run, options, buckets, machine, backend)
     assert plan_made.seconds == pytest.approx(measured["seconds_per_step"], rel=0.05)
-    # The rows were measured when gradients on the device were in fp32, which took up to 0.25 GiB more.
-    assert 0 <= measured["peak_gib"]["allocated"] * 1.04 - plan_made.peak / GIB <= 0.5 + 0.08 * plan_made.peak / GIB
+    # Cards differ a little, so that another plan may be the fastest. It needs about as much memory.
+    assert plan_made.peak <= machine.device_bytes
+    assert plan_made.peak / GIB == pytest.approx(measured["peak_gib"]["allocated"], rel=0.08, abs=0.5)
 
 
 @pytest.mark.parametrize(("card", "title"), [("rtx4090", "RTX 4090"), ("rtx3060", "RTX 3060, 12 GB")])
