@@ -19,7 +19,7 @@ from script_options import CAPTION, DOCTOR, IMAGE_LORA, IMAGE_SFT, LORA, OPTIONS
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
 from cogvideox.config.conflicts import check_launcher
-from cogvideox.config.foreign_flags import accepted_flags
+from cogvideox.config.foreign_flags import GUIDE_DEFAULTS, accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
     LoraOptions,
@@ -138,6 +138,17 @@ PUBLISHED = {
     "diffusers_lora": (LORA, DIFFUSERS),
     "diffusers_lora_8bit": (LORA, (*DIFFUSERS, "--use_8bit_adam")),
 }
+OTHER_DEFAULTS = (
+    "flags that are not given have other defaults in the CogVideo guide; to train as it does, add --learning_rate 2e-5 "
+    "--optimizer adamw --lr_scheduler constant_with_warmup --lr_warmup_steps 100"
+)
+OF_VIDEOS = (
+    "--height 480 and --width 720: are the size of validation videos; clips are trained at the nearest of all default "
+    "sizes; to train at this size, give --height_buckets 480 --width_buckets 720"
+)
+PUBLISHED_REMARKS = {name: OF_VIDEOS for name in PUBLISHED if name.startswith("diffusers")}
+PUBLISHED_REMARKS |= dict.fromkeys(("cogvideo_sft", "cogvideo_image_sft"), OTHER_DEFAULTS)
+PUBLISHED_REMARKS |= dict.fromkeys(("cogvideo_lora", "cogvideo_image_lora"), f"{OTHER_DEFAULTS} --rank 128")
 
 
 @pytest.fixture(scope="session")
@@ -223,7 +234,8 @@ def test_published_commands(name: str, light: dict[str, str], tmp_path: Path) ->
     """Compares all values except defaults, which test_defaults compares."""
     script, command = PUBLISHED[name]
     done = run([str(TRAINING / script), *command, "--print_config"], light, tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    remarks = [PUBLISHED_REMARKS[name]] if name in PUBLISHED_REMARKS else []
+    assert (done.returncode, done.stderr.splitlines()) == (0, remarks)
     lines = [line for line in done.stdout.splitlines() if line.split()[1] != "default"]
     assert lines == (GOLDEN / f"{name}.txt").read_text().splitlines()
 
@@ -551,7 +563,7 @@ FACTORY_PREPARE_FLAGS = """
     model_id data_root dataset_file caption_column video_column id_token height_buckets width_buckets frame_buckets
     random_flip dataloader_num_workers pin_memory video_reshape_mode save_image_latents output_dir max_num_frames
     max_sequence_length target_fps save_latents_and_embeddings use_slicing use_tiling batch_size num_decode_threads
-    dtype seed num_artifact_workers
+    dtype seed num_artifact_workers save_tensors
 """
 DIFFUSERS_FLAGS = """
     dataset_name dataset_config_name instance_data_root use_8bit_adam adam_beta1 adam_beta2 prodigy_beta3
@@ -838,6 +850,58 @@ def test_the_right_script_is_named(script: str, given: str, right: str) -> None:
     assert found[-1].startswith(given.split(" --nonsense")[0])
     assert found[-1].endswith(f" {right}")
     assert len(found) == 1 + ("--nonsense" in given)
+
+
+@pytest.mark.parametrize(
+    ("given", "remarked"),
+    [
+        ((), set(GUIDE_DEFAULTS)),
+        (("--batch_size", "2", "--lr", "1e-4"), set(GUIDE_DEFAULTS) - {"train_batch_size", "learning_rate"}),
+        (("--train_steps", "7"), set(GUIDE_DEFAULTS) - {"num_train_epochs"}),
+        (("--preset", "style"), set()),
+    ],
+)
+def test_defaults_of_the_cogvideo_guide_that_differ_are_remarked(
+    given: tuple[str, ...], remarked: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = args.config_dict(parse("--training_type", "lora", *given))
+    said = capsys.readouterr().err
+    assert {name for name, value in GUIDE_DEFAULTS.items() if f"--{name} {value}" in said} == remarked
+    assert not {name for name in remarked if str(values[name]) == GUIDE_DEFAULTS[name]}
+    parse(*given)
+    assert "CogVideo guide" not in capsys.readouterr().err
+
+
+def test_the_documented_defaults_of_the_cogvideo_guide_are_those_of_the_remark() -> None:
+    text = (TRAINING.parent / "docs" / "other_trainers.md").read_text()
+    rows = {row.split("`")[1]: row.split("|")[-2].strip() for row in text.splitlines() if row.startswith("| `--")}
+    assert {f"--{name}": value for name, value in GUIDE_DEFAULTS.items()}.items() <= rows.items()
+
+
+def test_a_size_of_clips_in_the_flags_of_validation_videos_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the examples of diffusers and in earlier versions of the factory, these flags are the size of the clips."""
+    size = ("--height", "480", "--width", "720")
+    parse(*size)
+    assert "to train at this size, give --height_buckets 480 --width_buckets 720" in capsys.readouterr().err
+    for more in (("--train_resolution", "9x64x96"), ("--height_buckets", "64"), ("--load_tensors",)):
+        parse(*size, *more)
+        assert "--height" not in capsys.readouterr().err
+    assert problems(*LEAST[PREPARE], *size, script=PREPARE) == (
+        "--height and --width: set the size of validation videos in training, and clips would get the nearest of all "
+        "default sizes; give --height_buckets and --width_buckets instead",
+    )
+    parse(*size, "--height_buckets", "480", "--width_buckets", "720", script=PREPARE)
+
+
+def test_a_number_of_frames_without_a_bucket_of_this_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert problems(*LEAST[LORA], "--max_num_frames", "25") == (
+        "--max_num_frames 25: every frame bucket is longer; to train at that length, add --frame_buckets 25",
+    )
+    parse("--max_num_frames", "81")
+    said = "--max_num_frames 81: clips are trained with 49 frames, the default bucket; give --frame_buckets 81\n"
+    assert capsys.readouterr().err == said
+    parse("--max_num_frames", "81", "--frame_buckets", "49")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_s_name_that_contradicts_its_type() -> None:

@@ -25,6 +25,7 @@ from cogvideox.config.flags import (
     PrepareFlags,
     ValidationFlags,
 )
+from cogvideox.config.foreign_flags import guide_defaults
 from cogvideox.config.options import (
     CaptionOptions,
     DoctorOptions,
@@ -95,6 +96,7 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         )
     if isinstance(options, PrepareOptions):
         yield from prepare_problems(options.prepare)
+        yield from size_problems(data, sources)
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
         yield from dry_run_problems(options.forecast)
@@ -124,12 +126,34 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
         yield f"--train_resolution: contradicts --{', --'.join(lists)}; give one or the other"
     counts = frame_counts(data)
     if data.max_num_frames is not None and min(counts) > data.max_num_frames:
-        yield (
-            f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
-            f"nearest: --max_num_frames {min(counts)}"
-        )
+        fix = f"nearest: --max_num_frames {min(counts)}"
+        if not chooses_frames(data, given):
+            fix = f"to train at that length, add --frame_buckets {data.max_num_frames}"
+        yield f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; {fix}"
     if data.bucket_choice == "every" and not (data.train_resolution or {"height_buckets", "width_buckets"} <= given):
         yield "--bucket_choice every: needs buckets that you choose; give --train_resolution"
+
+
+def size_problems(data: DataFlags, sources: dict[str, str]) -> Iterator[str]:
+    """Yields a problem if prepare_dataset.py gets a size of clips as in earlier versions of the factory.
+
+    Here, these flags are those of validation videos, which this script does not make. So they have an origin only if
+    they are given.
+    """
+    sizes = [f"--{name}" for name in ("height", "width") if name in sources]
+    if sizes and not chooses_sizes(data, given_flags(sources)):
+        rule = "set the size of validation videos in training, and clips would get the nearest of all default sizes"
+        yield f"{' and '.join(sizes)}: {rule}; give --height_buckets and --width_buckets instead"
+
+
+def chooses_frames(data: DataFlags, given: set[str]) -> bool:
+    """Returns whether the command says at how many frames clips are trained."""
+    return bool(data.train_resolution or "frame_buckets" in given)
+
+
+def chooses_sizes(data: DataFlags, given: set[str]) -> bool:
+    """Returns whether the command says at which sizes clips are trained."""
+    return bool(data.train_resolution or {"height_buckets", "width_buckets"} & given)
 
 
 def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
@@ -246,6 +270,7 @@ def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
         found["revision"] = "the model is a folder"
     if isinstance(options, PrepareOptions | TrainOptions):
         yield from longer_buckets(options.data)
+        yield from shorter_buckets(options.data, given) if reads_clips(options) else ()
         if (options.data.num_augmentations or 1) > 1 and not draws_at_random(options.data):
             rule = "all variants of a clip are equal; give --video_reshape_mode random, --frame_selection random"
             found["num_augmentations"] = f"{rule} or --random_flip"
@@ -253,6 +278,8 @@ def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
         found |= dict.fromkeys(("request_timeout", "request_attempts"), "there is no --endpoint to send a request to")
     if isinstance(options, TrainOptions):
         found |= without_effect_on_training(options)
+        yield from guide_defaults(sources)
+        yield from sizes_of_videos(options, given)
     yield from (f"--{name}: has no effect; {reason}" for name, reason in found.items() if name in given)
     if isinstance(options, TrainOptions):
         yield from training_remarks(options)
@@ -308,6 +335,23 @@ def longer_buckets(data: DataFlags) -> Iterator[str]:
     if longer:
         rule = f"longer than --max_num_frames {data.max_num_frames}, so no clip is trained at them"
         yield f"--{name}: {' and '.join(map(str, longer))} frames are {rule}; give --max_num_frames {max(longer)}"
+
+
+def shorter_buckets(data: DataFlags, given: set[str]) -> Iterator[str]:
+    """Yields a remark about a --max_num_frames that no bucket uses, because the command chooses no buckets."""
+    longest = max(frame_counts(data))
+    if not chooses_frames(data, given) and longest < (data.max_num_frames or 0):
+        rule = f"clips are trained with {longest} frames, the default bucket"
+        yield f"--max_num_frames {data.max_num_frames}: {rule}; give --frame_buckets {data.max_num_frames}"
+
+
+def sizes_of_videos(options: TrainOptions, given: set[str]) -> Iterator[str]:
+    """Yields a remark about a size of videos that is likely meant for the clips, as in the examples of diffusers."""
+    data, video = options.data, options.validation
+    if {"height", "width"} <= given and reads_clips(options) and not chooses_sizes(data, given):
+        rule = "are the size of validation videos; clips are trained at the nearest of all default sizes"
+        fix = f"to train at this size, give --height_buckets {video.height} --width_buckets {video.width}"
+        yield f"--height {video.height} and --width {video.width}: {rule}; {fix}"
 
 
 def best_problems(options: TrainOptions) -> Iterator[str]:

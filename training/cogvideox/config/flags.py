@@ -198,8 +198,8 @@ class FolderFlags:
     )
     image_column: str | None = flag(
         None,
-        "file in data_root with one path of a first frame per line, for image-to-video (default: images.txt), or the "
-        "name of the column with these paths in a table",
+        "file in data_root with one path of a first frame per line, for image-to-video (default: images.txt, if "
+        "--video_column is not given), or the name of the column with these paths in a table",
     )
     validation_data_root: tuple[str, ...] = flag(
         (), "folders of held-out clips, on which the loss is measured without training on them"
@@ -327,7 +327,9 @@ class PrepareFlags:
     """The flags of prepare_dataset.py alone."""
 
     output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
-    save_latents_and_embeddings: bool = flag(True, "accepted for old commands; the script always saves them")
+    save_latents_and_embeddings: bool = flag(
+        True, "accepted for old commands; the script always saves them", aliases=("save_tensors",)
+    )
     save_image_latents: bool | None = flag(
         None, "encode first frames too, for image-to-video (default: true if the model is an image-to-video model)"
     )

@@ -14,6 +14,17 @@ from typing import Any
 from cogvideox.config.flags import GuideFlags
 from cogvideox.config.options import SCRIPTS, Options, TrainOptions, fields_of, names_of
 
+# The defaults of the CogVideo guide's script that differ from those here and change what is learned.
+GUIDE_DEFAULTS = {
+    "learning_rate": "2e-5",
+    "optimizer": "adamw",
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": "100",
+    "train_batch_size": "1",
+    "num_train_epochs": "10",
+    "rank": "128",
+}
+
 
 @dataclass(frozen=True)
 class AcceptedFlag:
@@ -103,3 +114,19 @@ def guide_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Itera
         asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
         right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
         yield f"{asked}: is not what this script trains; the right one is {right}"
+
+
+def guide_defaults(sources: dict[str, str]) -> Iterator[str]:
+    """Yields a remark about flags that a command of the CogVideo guide leaves out, and that have other defaults there.
+
+    Args:
+        sources: Where each value comes from, by flag.
+    """
+    defaults = {name for name, source in sources.items() if source == "default"}
+    if {item.name for item in dataclasses.fields(GuideFlags)} <= defaults:
+        return  # it is no command of that guide
+    left_out = defaults - ({"num_train_epochs"} if sources["max_train_steps"].startswith("given") else set())
+    values = [f"--{name} {value}" for name, value in GUIDE_DEFAULTS.items() if name in left_out]
+    if values:
+        rule = "flags that are not given have other defaults in the CogVideo guide"
+        yield f"{rule}; to train as it does, add {' '.join(values)}"
