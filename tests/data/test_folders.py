@@ -259,13 +259,17 @@ def test_half_a_character_and_nul_in_json(tmp_path: Path) -> None:
     text = r"""{"text": "\ud83d", "video": "a.mp4"}
 {"text": "x", "video": "\ud83d.mp4"}
 {"text": "\u0000", "video": "a\u0000.mp4"}
+{"text": "x", "video": "\ud83d/a.mp4"}
+{"text": "x", "video": "a\u0000/a.mp4"}
 {"text": "\ud83d\udc36", "video": "a.mp4"}"""
     found = problems(tmp_path, **table(tmp_path, text, "jsonl"))
     assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
         "1: holds half of a surrogate pair",
         "3: holds a NUL byte",
         "2: \\ud83d.mp4: is not UTF-8",
+        "4: \\ud83d/a.mp4: is not UTF-8",
         "3: a\\x00.mp4: holds a NUL byte",
+        "5: a\\x00/a.mp4: holds a NUL byte",
     ]
 
 

@@ -66,7 +66,7 @@ def _pairs_in(folder: str, rules: PathRules) -> list[tuple[list[str], str]]:
     texts: dict[str, str] = {}
     try:
         names = sorted(filter(is_listed, os.listdir(folder))) if rules.allows(os.path.realpath(folder)) else []
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have this name, for which there is a problem already
         names = []
     for name in names:
         stem, suffix = os.path.splitext(name)
