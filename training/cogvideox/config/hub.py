@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cogvideox.config.flags import HIDDEN, HubFlags
 from cogvideox.config.options import TrainOptions
-from cogvideox.errors import UsageError, public_urls
+from cogvideox.errors import UsageError, first_names, public_urls
 
 WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and fourth attempt
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which another attempt may succeed
@@ -123,9 +123,8 @@ def check_content(repository: str, hub: HubFlags, run_id: str) -> None:
     names = sorted({file.rfilename for file in files} - {MADE_BY_THE_HUB})
     if not names or (RECIPE_NAME in names and run_id_in(repository, hub) == run_id):
         return
-    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
     fix = "give another --hub_model_id, or --hub_overwrite, which replaces its files of the same names"
-    raise ForeignFilesError(f"{repository}: has files that are not from this run ({shown}); {fix}")
+    raise ForeignFilesError(f"{repository}: has files that are not from this run ({first_names(names, NAMED)}); {fix}")
 
 
 def run_id_in(repository: str, hub: HubFlags) -> str | None:
@@ -143,14 +142,7 @@ def run_id_in(repository: str, hub: HubFlags) -> str | None:
     return recipe.get("run") if isinstance(recipe, dict) else None
 
 
-def upload(
-    repository: str,
-    hub: HubFlags,
-    run_id: str,
-    folder: Path,
-    files: Sequence[Path],
-    say: Say,
-) -> None:
+def upload(repository: str, hub: HubFlags, run_id: str, folder: Path, files: Sequence[Path], say: Say) -> None:
     """Uploads files of a finished run in one commit. Unchanged files are not sent again.
 
     The content of the repository is checked again, because another run may have finished since the start of this one.

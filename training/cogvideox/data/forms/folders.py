@@ -83,8 +83,10 @@ def read_rows(folder: str, data: FolderFlags, problems: Problems, unused: Unused
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
     files = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    if problems:
+        return columns, []
     unused.add(columns, files, rules)
-    return columns, [] if problems else [file for file in files if file is not None]
+    return columns, [file for file in files if file is not None]
 
 
 def read_columns(root: str, data: FolderFlags, rules: PathRules, problems: Problems) -> Columns:
@@ -202,7 +204,7 @@ def _without_blank_end(values: Sequence[str | None], least: int = 0) -> Sequence
 def _read_list(
     root: str, name: str | None, defaults: Sequence[str], flag: str, rules: PathRules, problems: Problems
 ) -> Column | None:
-    """Reads the lines of a list, some of which may be blank; None if there is no such list or it cannot be read."""
+    """Returns the lines of a list, also blank ones, or None if there is no such list or it cannot be read."""
     files = _files(root, defaults if name is None else (name,))
     if not files:
         listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"

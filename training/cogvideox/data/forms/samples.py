@@ -195,10 +195,10 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, un
         _check_captions(columns.captions, columns, problems)
     images = _with_gaps(columns.images, asked=data.image_column is not None)
     videos = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
-    unused.add(columns, videos, rules)
     first_frames = rules.find(images, "image", problems) if images is not None else []
     if problems:
         return []
+    unused.add(columns, videos, rules)
     return list(_clips(root, replace(columns, images=images), videos, first_frames, (data.id_token or "").strip()))
 
 

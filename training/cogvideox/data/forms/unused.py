@@ -33,7 +33,7 @@ class Unused:
     tables: list[str] = field(default_factory=list)
 
     def add(self, columns: Columns, files: Sequence[str | None], rules: PathRules) -> None:
-        """Adds what a folder has and does not use.
+        """Adds what a folder without problems has and does not use.
 
         Args:
             columns: The rows of the folder.
@@ -66,7 +66,7 @@ def _pairs_in(folder: str, rules: PathRules) -> list[tuple[list[str], str]]:
     texts: dict[str, str] = {}
     try:
         names = sorted(filter(is_listed, os.listdir(folder))) if rules.allows(os.path.realpath(folder)) else []
-    except (OSError, ValueError):  # ValueError: no file can have this name, for which there is a problem already
+    except OSError:
         names = []
     for name in names:
         stem, suffix = os.path.splitext(name)
