@@ -29,7 +29,7 @@ from cogvideox.config.options import (
     target_pattern,
     tracker_names,
 )
-from cogvideox.errors import UsageError, public_urls
+from cogvideox.errors import NonFiniteError, UsageError, public_urls
 
 TESTS = Path(__file__).parents[1]
 TRAINING = TESTS.parent / "training"
@@ -1131,6 +1131,21 @@ def test_a_process_that_is_stopped_because_another_fails_keeps_its_status(
     lines = [line for line in said.splitlines() if line.startswith("stopped")]
     assert [line.startswith(stopped) for line in lines] == ([True] if stopped else []), said
     assert said.count("(A traceback of the launcher follows.") == (0 if how == "crash" else 1 + bool(stopped))
+
+
+def test_numbers_that_are_not_finite_are_named_also_if_another_process_has_ended_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All processes find them, and only the first one says so."""
+
+    def ends(_: object) -> int:
+        raise NonFiniteError("checkpoint-2 is not saved: weight holds NaN")
+
+    monkeypatch.setattr(stopping, "another_failed", lambda: True)
+    monkeypatch.setattr(args, "parse", lambda *_: None)
+    monkeypatch.setattr(args, "hide_secrets", lambda _: None)
+    assert args.exit_status(ends, LoraOptions, None, ()) == args.NON_FINITE_EXIT
+    assert capsys.readouterr().err.endswith(": checkpoint-2 is not saved: weight holds NaN\n")
 
 
 @pytest.mark.parametrize("printed", ["", "one.log"])

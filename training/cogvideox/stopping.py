@@ -279,11 +279,16 @@ def last_line() -> str:
 
 
 def speaks() -> bool:
-    """Returns whether this process prints the last line for all ranks.
+    """Returns whether this process prints messages for all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def says_last_line() -> bool:
+    """Returns whether this process prints the last line of a stopped script for all ranks.
 
     If one of them has failed, it has said why, and what was saved is all that is left to say.
     """
-    return os.environ.get("RANK", "0") == "0" and bool(_state.achieved or not another_failed())
+    return speaks() and bool(_state.achieved or not another_failed())
 
 
 def record_failure() -> None:
@@ -432,7 +437,8 @@ class _Watcher(threading.Thread):
         elif time.monotonic() >= self.deadline + (0 if self._told_others() else FAREWELL):
             # A script that was already ending prints its own message.
             decided = _state.status not in (None, REQUEUE_EXIT)
-            _end(_state.status or 0 if decided else REQUEUE_EXIT, last_line() if speaks() and not decided else "")
+            line = last_line() if not decided and says_last_line() else ""
+            _end(_state.status or 0 if decided else REQUEUE_EXIT, line)
 
 
 class _Others:

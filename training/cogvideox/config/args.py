@@ -491,7 +491,7 @@ def exit_status(
 
 def stopped_status() -> int:
     """Prints the last line of a script that was asked to stop, and returns its exit status."""
-    if stopping.speaks():
+    if stopping.says_last_line():
         print(stopping.last_line(), file=sys.stderr)
         announce_traceback(stopping.REQUEUE_EXIT)
     return stopping.REQUEUE_EXIT
