@@ -222,6 +222,8 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     with connecting():
         accelerator = Accelerator(
             mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
+            # DeepSpeed accumulates by itself; accelerate only compares the two numbers, and warns if they differ.
+            gradient_accumulation_steps=options.train.gradient_accumulation_steps,
             dynamo_backend="no",
             cpu=on_cpu and not deepspeed,
             log_with=tracker_names(options.train.report_to) or None,
