@@ -113,7 +113,7 @@ def test_a_run_waits_for_the_lock_of_a_lost_machine(
 
     def unit(name: str) -> None:
         units.append(name)
-        if how == "with":
+        if how == "with" and len(units) == 12:  # after a second
             other.kill()
 
     monkeypatch.setattr("cogvideox.stopping.unit", unit)
@@ -126,6 +126,22 @@ def test_a_run_waits_for_the_lock_of_a_lost_machine(
     said = capsys.readouterr().err
     assert said.count(f"another run is using it (process {other.pid} on ") == 1
     assert "in case its machine is lost" in said
+
+
+def test_only_a_long_wait_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that prepare a folder together write its index one after the other, each in a few milliseconds."""
+    path, said = tmp_path / ".lock", []
+    for refusals in (3, 30):
+        left = iter(range(refusals))
+
+        def refused(*_: Any, left: Any = left) -> Any:
+            if next(left, None) is not None:
+                raise HeldError("process 1 on host")
+
+        monkeypatch.setattr(locks, "take", refused)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        locks.take_later(path, said.append)
+        assert said == ["process 1 on host"] * (refusals == 30)
 
 
 def test_a_run_waits_only_as_long_as_a_lost_machine_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +194,7 @@ def test_a_cache_is_prepared_without_posix_locks(without_locks: None, tmp_path: 
 
 @pytest.mark.parametrize("how", ["with", pytest.param("without", marks=pytest.mark.fault("disk: no POSIX locks"))])
 def test_a_second_job_waits_and_reports_it(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, said = holder(tmp_path / ".lock", how, seconds=0.3), []
+    other, said = holder(tmp_path / ".lock", how, seconds=2), []
     if how == "without":
         monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
     units: list[str] = []

@@ -84,8 +84,8 @@ def take_later(path: Path, on_wait: Callable[[str], None] | None = None, only_if
 
     Args:
         path: The file of the lock, in an existing folder.
-        on_wait: Called once with a description of the holder, before a wait. If it is given, the file must have no
-            other content, because the holder is named there.
+        on_wait: Called once with a description of the holder, if a lock is not free after half a second. If it is
+            given, the file must have no other content, because the holder is named there.
         only_if_lost: Whether to wait only for a holder that may be lost, and for STALE seconds at most. In this time, a
             lock file becomes stale, and a file server releases the POSIX locks of a lost machine.
 
@@ -94,14 +94,16 @@ def take_later(path: Path, on_wait: Callable[[str], None] | None = None, only_if
         OSError: The file cannot be written.
     """
     wait, end = FIRST_WAIT, time.monotonic() + STALE + LONGEST_WAIT
+    signs = on_wait is not None
     while True:
         try:
-            return take(path, signs=on_wait is not None)
+            return take(path, signs)
         except HeldError as error:
             if only_if_lost and not (error.may_be_lost and time.monotonic() < end):
                 raise
-            if on_wait is not None and wait == FIRST_WAIT:
+            if on_wait is not None and wait == LONGEST_WAIT:  # a wait of milliseconds is not worth a line
                 on_wait(str(error.strerror))
+                on_wait = None
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
         stopping.unit("wait for a lock")  # otherwise the other ranks would mistake the wait for a hang

@@ -283,7 +283,7 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: The folder of the cache, which is created.
-        say: Prints a line; it is called before a wait.
+        say: Prints a line; it is called in a wait that is longer than a moment.
     """
     with disk_errors_converted(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,11 +298,11 @@ def publishing(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: The folder of the cache, which exists.
-        say: Prints a line; it is called before a wait.
+        say: Prints a line; it is called in a wait that is longer than a moment.
     """
 
     def wait(holder: str) -> None:
-        say(f"{folder}: another process is writing the report ({holder}); waiting")
+        say(f"{folder}: another process is writing the index or the report ({holder}); waiting")
 
     with disk_errors_converted(folder), held(folder / INDEX_LOCK, wait):
         yield
