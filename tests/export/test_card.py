@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from fakes import PLAIN, options_of, run_alone
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from running import PROMPT
+from running import PROMPT, ROOT
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
@@ -259,6 +261,54 @@ def test_image_to_video() -> None:
     assert 'image=load_image(str(here / "image-0.png")),' in text
     assert cells(text)[-3:] == ["a panda (image)", "video", "video"]
     assert "image-0.png" in [token.attrs["href"] for token in tokens(text) if token.type == "link_open"]
+
+
+class TilingVae:
+    """Records whether it encodes and decodes in tiles."""
+
+    def __init__(self) -> None:
+        self.use_tiling, self.use_slicing, self.encoded, self.decoded = False, False, [], []
+
+    def enable_tiling(self) -> None:
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        self.use_slicing = True
+
+    def encode(self) -> None:
+        self.encoded.append(self.use_tiling)
+
+    def decode(self, latents: str) -> str:
+        self.decoded.append(self.use_tiling)
+        return f"decoded {latents}"
+
+
+@pytest.mark.parametrize("task", ["TextToVideo", "ImageToVideo"])
+def test_only_decoding_is_tiled(task: str) -> None:
+    """So it is in the validation and in inference.py."""
+    code = example(facts(made=MADE | {"task": task}, decoding=["enable_slicing", "enable_tiling"]))
+    start = code.index("pipe.enable_model_cpu_offload()")
+    vae: Any = TilingVae()
+    pipe = SimpleNamespace(enable_model_cpu_offload=lambda: None, vae=vae)
+    exec(code[start : code.index("video = pipe(")], {"pipe": pipe})
+    for _ in range(2):
+        if task == "ImageToVideo":
+            vae.encode()
+        assert vae.decode("latents") == "decoded latents"
+    assert (vae.use_slicing, vae.decoded) == (True, [True, True])
+    assert not any(vae.encoded)
+
+
+@pytest.mark.parametrize("task", ["TextToVideo", "ImageToVideo"])
+@pytest.mark.parametrize("decoding", [[], ["enable_slicing"], ["enable_slicing", "enable_tiling"]])
+def test_the_program_is_formatted(tmp_path: Path, task: str, decoding: list[str]) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(example(facts(made=MADE | {"task": task}, decoding=decoding)) + "\n")
+    command = [sys.executable, "-m", "ruff", "format", "--diff", "--config", ROOT / "pyproject.toml", path]
+    assert not subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def test_a_base_model_on_this_machine(tmp_path: Path) -> None:

@@ -37,6 +37,18 @@ PICTURES = {
 }
 # Characters with a meaning in Markdown, its tables and formulas, or HTML. Within a word, _ has no meaning.
 SPECIAL_CHARACTERS = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
+# After pipe.vae.enable_tiling(), a program for image-to-video would also encode the image in tiles.
+TILED_DECODING = """
+
+def decode(latents, decode=pipe.vae.decode):
+    pipe.vae.enable_tiling()
+    video = decode(latents)
+    pipe.vae.disable_tiling()  # images are never encoded in tiles
+    return video
+
+
+pipe.vae.decode = decode
+"""
 INFERENCE_PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
 HUB_URL = "https://huggingface.co"
 
@@ -279,7 +291,7 @@ def example(facts: Facts) -> str:
         path=facts.base or f"path/to/{facts.base_folder}",
         dtype=facts.dtype,
         weights=facts.code,
-        memory="\n".join(["pipe.enable_model_cpu_offload()", *(f"pipe.vae.{name}()" for name in facts.decoding)]),
+        memory="\n".join(["pipe.enable_model_cpu_offload()", *decoding_lines(facts)]),
         arguments=[
             f"prompt={literal(prompt)},",
             *([f"image=load_image({image}),"] if is_image_task else []),
@@ -288,6 +300,13 @@ def example(facts: Facts) -> str:
         ],
         output=f'export_to_video(video, "output.mp4", fps={facts.fps})',
     ).rstrip()
+
+
+def decoding_lines(facts: Facts) -> list[str]:
+    """Returns the code that makes the VAE decode as in validation, where images are encoded as a whole."""
+    tiled = TILED_DECODING if facts.task == "image-to-video" else "pipe.vae.enable_tiling()"
+    lines = {"enable_slicing": "pipe.vae.enable_slicing()", "enable_tiling": tiled}
+    return [lines[name] for name in facts.decoding]
 
 
 def results(facts: Facts) -> str:
