@@ -280,7 +280,7 @@ def test_unchanged_files_are_not_sent_again(hub: StandIn, folder: Path) -> None:
 
 
 OTHERS = {
-    "a card from the website": {"README.md": b"---\nlicense: mit\n---\n"},
+    "weights with a card": {"README.md": b"---\nlicense: mit\n---\n", "a.safetensors": b"x"},
     "another model": {"a.safetensors": b"x", "b.json": b"{}", "c.json": b"{}", "d.json": b"{}"},
     "another run": FILES | {"recipe.json": b'{"run": "another run"}'},
     "a run of an older version": FILES | {"recipe.json": b'{"step": 3}'},
@@ -303,6 +303,19 @@ def test_a_repository_with_other_files_is_refused(hub: StandIn, folder: Path, th
     sent(folder, None, "--hub_overwrite")
     assert hub.repositories["team/style"] == there | FILES
     assert_kept_secret(hub)
+
+
+def test_the_card_of_a_new_repository_is_replaced(hub: StandIn, folder: Path) -> None:
+    """The form of the website writes a README.md with the license."""
+    hub.repositories["team/style"] = {"README.md": b"---\nlicense: mit\n---\n"}
+    said: list[str] = []
+    assert opened("--hub_model_id", "team/style", said=said) == "team/style"
+    assert said == ["team/style: the model card will replace its README.md, which stays in the history"]
+    sent(folder)
+    assert hub.repositories == {"team/style": FILES}
+    said.clear()
+    assert opened("--hub_model_id", "team/style", said=said) == "team/style"  # now it is that of this run
+    assert said == []
 
 
 @pytest.mark.fault("export: a repository with files of something else")

@@ -5,7 +5,8 @@ that a wrong token or a missing permission is reported before training. ``upload
 token is used only in the headers of requests and is never written to a file, a message or a log.
 
 A repository belongs to the run whose id is in its recipe.json. huggingface_hub would replace the files of any other
-repository that the token may write to, and mix them with those that are left. Such a repository is refused.
+repository that the token may write to, and mix them with those that are left. Such a repository is refused, unless it
+has only what the website writes into a new one.
 """
 
 import json
@@ -27,7 +28,8 @@ REFUSALS = {
 }
 
 RECIPE_NAME = "recipe.json"  # the settings of a finished run, with its id
-MADE_BY_THE_HUB = ".gitattributes"  # in each new repository
+CARD_NAME = "README.md"  # the model card
+MADE_BY_THE_HUB = {".gitattributes", CARD_NAME}  # a new repository has the first; one from the website often has both
 NAMED = 3  # files that a message names
 
 Result = TypeVar("Result")
@@ -92,7 +94,8 @@ def open_repository(options: TrainOptions, run_id: str, say: Say) -> str | None:
     def make() -> str:
         repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
         api.auth_check(repository, write=True)  # An existing repository may belong to somebody else.
-        check_content(repository, hub, run_id)
+        if CARD_NAME in check_content(repository, hub, run_id):
+            say(f"{repository}: the model card will replace its {CARD_NAME}, which stays in the history")
         return repository
 
     try:
@@ -109,8 +112,11 @@ class ForeignFilesError(UsageError):
     """Reports that a repository has files of something else than this run."""
 
 
-def check_content(repository: str, hub: HubFlags, run_id: str) -> None:
-    """Checks that a repository is empty or has the result of this run, unless --hub_overwrite is given.
+def check_content(repository: str, hub: HubFlags, run_id: str) -> set[str]:
+    """Checks that a repository is new or has the result of this run, unless --hub_overwrite is given.
+
+    Returns:
+        The names of the files of a new repository; an empty set if the repository is not new, or was not checked.
 
     Raises:
         ForeignFilesError: It has files of something else.
@@ -118,13 +124,15 @@ def check_content(repository: str, hub: HubFlags, run_id: str) -> None:
     from huggingface_hub import HfApi
 
     if hub.hub_overwrite:
-        return
-    files = HfApi(token=token_of(hub)).model_info(repository).siblings or []
-    names = sorted({file.rfilename for file in files} - {MADE_BY_THE_HUB})
-    if not names or (RECIPE_NAME in names and run_id_in(repository, hub) == run_id):
-        return
+        return set()
+    names = {file.rfilename for file in HfApi(token=token_of(hub)).model_info(repository).siblings or []}
+    if names <= MADE_BY_THE_HUB:
+        return names
+    if RECIPE_NAME in names and run_id_in(repository, hub) == run_id:
+        return set()
+    shown = first_names(sorted(names - {".gitattributes"}), NAMED)
     fix = "give another --hub_model_id, or --hub_overwrite, which replaces its files of the same names"
-    raise ForeignFilesError(f"{repository}: has files that are not from this run ({first_names(names, NAMED)}); {fix}")
+    raise ForeignFilesError(f"{repository}: has files that are not from this run ({shown}); {fix}")
 
 
 def run_id_in(repository: str, hub: HubFlags) -> str | None:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import hub_file
+from cogvideox.config.hub import CARD_NAME
 from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.cache import CacheIndex
@@ -29,7 +30,6 @@ from cogvideox.runtime.curves import CURVES_NAME
 from cogvideox.runtime.resume import earlier_lines
 from cogvideox.runtime.run import Run
 
-CARD_NAME = "README.md"
 # Pictures that the card shows if the run has them, with their captions.
 PICTURES = {
     SHEET_NAME: "Validation prompts before and after training",
