@@ -270,6 +270,17 @@ def test_the_run_within_64_gib_is_what_was_measured() -> None:
     assert [claim for claim in claims if claim not in text] == []
 
 
+def test_preparation_over_two_gpus_is_what_was_measured() -> None:
+    one, two = json.loads((RESULTS / "prepare_ranks.json").read_text())["arms"]
+    text = " ".join(BENCHMARKS.partition("## Preparation")[2].partition("\n## ")[0].split())
+    assert (one["gpus"], two["gpus"]) == (1, 2)
+    claims = (
+        f"prepared {two['clips_a_second']:.2f} clips",
+        f"{two['times_as_fast']:.2f} times as many as one of them ({one['clips_a_second']:.2f})",
+    )
+    assert [claim for claim in claims if claim not in text] == []
+
+
 def bench_row(name: str) -> tuple[float, float, float | None]:
     """Returns seconds a step, peak GiB and the ratio to the stock arm of a measured row."""
     row = json.loads((RESULTS / f"bench_{name}.json").read_text())
