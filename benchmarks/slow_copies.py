@@ -18,7 +18,7 @@ from profiling import IN, OUT
 from torch import Tensor
 
 from cogvideox.memory.buffers import pinned
-from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
+from cogvideox.planning.probes import COPY_BYTES, seconds_per_call
 
 GB = 10**9
 LEAST = 64 * 1024  # bytes; smaller parts of a copy are added to the next one

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox.memory.buffers import pinned
-from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
+from cogvideox.planning.probes import COPY_BYTES, seconds_per_call
 
 CPU = torch.device("cpu")
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)

@@ -5,6 +5,7 @@ costs.py        predicts the memory of plans, from a table of the bytes of a blo
 timeline.py     predicts the seconds of a step, by a simulated timeline of arithmetic and copies
 choice.py       chooses a plan among all that the flags allow
 execution.py    makes the plan of a run: reads sizes, measures the machine, sets up the transformer
+probes.py       measures the rates of a device
 dry_run.py      predicts memory, time and disk space of a run, for --dry_run
 stack.py        runs all blocks of a transformer under a plan
 sharded.py      runs all blocks of a transformer whose weights are sharded over the processes of a run

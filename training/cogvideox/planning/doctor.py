@@ -32,8 +32,8 @@ from cogvideox.model.attention import choose_backend
 from cogvideox.model.models import load_tokenizer, stored_dtype, weight_files
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.block_check import compare_block, random_inputs, require_agreement
-from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
 from cogvideox.planning.plan import DEVICE, GIB, HOST, BlockPlan, ExecutionPlan
+from cogvideox.planning.probes import COPY_BYTES, seconds_per_call
 from cogvideox.planning.trial_training import try_training
 from cogvideox.runtime.run import environment
 

@@ -16,8 +16,7 @@ of a run must choose the same plan, so they exchange their measurements and each
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import astuple, replace
 from typing import Any, Protocol
@@ -43,19 +42,18 @@ from cogvideox.config.options import (
 )
 from cogvideox.errors import UsageError, first_line, plural
 from cogvideox.host_memory import free_host_bytes
-from cogvideox.memory.buffers import pinned
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_for
-from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
+from cogvideox.memory.streaming import TrainedBlocks
+from cogvideox.model.attention import choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import free_device_bytes
-from cogvideox.model.sequence import SequenceGroup, to_heads
 from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.adam_weights import gradients_are_sums
 from cogvideox.optimizer.rule import rule_of, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.planning.probes import exchange_rate, with_rates
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
 from cogvideox.planning.stack import (
     ModuleStack,
@@ -76,11 +74,6 @@ from cogvideox.runtime.run import Run, with_peaks
 Plan = ExecutionPlan | ModulePlan
 SHARDED_STATE_BYTES = 12  # per trained element: master and moments in fp32
 AVERAGE_BYTES = 4  # per trained element, with --use_ema
-PROBE_SECONDS = 0.2
-TURNS_SECONDS = 1.0  # long enough for a card to reach its power limit, as it does in training
-PRODUCTS_PER_BLOCK = 8  # of width x 4 width: three in forward; two to three for gradients and to compute outputs again
-COPY_BYTES = 64 * 2**20
-EXCHANGES = 10
 SHARED = "streamed weights: one copy in host memory for the {} processes of this machine"
 NOT_SHARED = (
     "streamed weights: each of the {} processes of this machine has a copy in host memory, {:.1f} GiB more than "
@@ -473,120 +466,6 @@ def limit_device_memory(budget: float) -> None:
     """Limits the memory that this process may allocate on the current GPU to that of a card of ``budget`` GiB."""
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
-
-
-def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:
-    """Returns the machine with measured rates: FLOP/s of matrix products and attention, bytes/s of memory and copies.
-
-    Probes use the shapes of one sample, so they need less memory than the backward pass of a block.
-    """
-    assert backend != CPU
-    tokens, width, heads, parallel = sizes.tokens, sizes.width, sizes.heads, sizes.sequence_parallel
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    q = torch.randn(1, tokens * parallel, -(-heads // parallel), width // heads, device=device, dtype=dtype)
-    o, lse = attend(q, q, q, backend)
-    host, here = pinned(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    scores = 4 * q.shape[1] * q.numel()
-    product, forward, backward = seconds_in_turns(
-        (lambda: x @ w.mT, PRODUCTS_PER_BLOCK),
-        (lambda: attend(q, q, q, backend), 1),
-        (lambda: attend_backward(o, q, q, q, o, lse, backend), 1),
-    )
-    return replace(
-        machine,
-        matmul=8 * tokens * width**2 / product,
-        attention=scores / forward,
-        attention_backward=2.5 * scores / backward,
-        memory=2 * here.numel() / seconds_per_call(lambda: here.clone()),
-        copies=host.numel() / seconds_per_call(lambda: here.copy_(host, non_blocking=True)),
-        both_ways=rate_of_both_ways(device),
-    )
-
-
-def exchange_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes, group: SequenceGroup) -> float:
-    """Returns the bytes per second of a tensor of one sample's tokens that the processes of a group exchange."""
-    division = group.division_of(sizes.tokens * group.size)
-    x = torch.zeros(1, sizes.tokens, sizes.heads, sizes.width // sizes.heads, dtype=dtype, device=device)
-    # Each process makes the same number of calls. Those before the first mark connect the processes, and make each
-    # device wait for the others; otherwise the time until the last process starts would count.
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for mark in marks:
-        for _ in range(EXCHANGES):
-            to_heads(x, division)
-        mark.record()
-    torch.cuda.synchronize()
-    return EXCHANGES * x.nbytes * 1000 / marks[0].elapsed_time(marks[1])
-
-
-def rate_of_both_ways(device: torch.device) -> float:
-    """Returns the bytes per second of copies in both directions at once, together."""
-    sides = SideStream(device), SideStream(device)
-    hosts = [pinned(COPY_BYTES) for _ in sides]
-    here = [torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) for _ in sides]
-    pairs = (here[0], hosts[0]), (hosts[1], here[1])
-    number = 4  # copies in a row, so that the waits between the streams do not count
-
-    def copy() -> None:
-        for side, (target, source) in zip(sides, pairs, strict=True):
-            with side.after_compute():
-                for _ in range(number):
-                    target.copy_(source, non_blocking=True)
-        for side in sides:
-            compute_waits_for(side.record_event())
-
-    return 2 * number * COPY_BYTES / seconds_per_call(copy)
-
-
-def seconds_in_turns(*runs: tuple[Callable[[], object], int]) -> list[float]:
-    """Returns the seconds of one call of each function on the device, while they take turns as in training.
-
-    A card at its power limit lowers its clock, by an amount that depends on what it computes and on how long it has
-    been computing. So the calls follow each other for TURNS_SECONDS, and only the second half of them counts.
-
-    Args:
-        runs: The functions, each with the number of calls in a turn.
-    """
-
-    def turn() -> list[torch.cuda.Event]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
-        marks[0].record()
-        for mark, (run, calls) in zip(marks[1:], runs, strict=True):
-            for _ in range(calls):
-                run()
-            mark.record()
-        return marks
-
-    turns = calls_within(TURNS_SECONDS, turn)
-    marked = [turn() for _ in range(turns)][turns // 2 :]
-    torch.cuda.synchronize()
-    return [
-        sum(marks[i].elapsed_time(marks[i + 1]) for marks in marked) / 1000 / len(marked) / calls
-        for i, (_, calls) in enumerate(runs)
-    ]
-
-
-def seconds_per_call(run: Callable[[], object]) -> float:
-    """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
-    calls = calls_within(PROBE_SECONDS, run)
-    return seconds_of(run, calls) / calls
-
-
-def calls_within(seconds: float, run: Callable[[], object]) -> int:
-    """Returns how many calls take about some seconds, at least one."""
-    seconds_of(run, 1)  # the first call chooses and compiles kernels
-    return max(1, round(seconds / seconds_of(run, 1)))
-
-
-def seconds_of(run: Callable[[], object], calls: int) -> float:
-    """Returns the seconds of some calls on the device."""
-    # Calls return before the device has executed them. Earlier work must not count, and these calls must end.
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------

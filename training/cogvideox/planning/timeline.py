@@ -20,7 +20,7 @@ weights have left their slots. (Source: the gaps between kernels, of 10 to 34 ms
 benchmarks/results/bench_*-sft-24gb*.json, in which only saved activations and then one range are copied.)
 
 The arithmetic of a block is counted: FLOP of matrix products and attention, and bytes of memory traffic for everything
-else, at the rates that probes measure (execution.with_rates). Each constant has the measurement that it comes from.
+else, at the rates that probes measure (probes.with_rates). Each constant has the measurement that it comes from.
 """
 
 from collections.abc import Sequence
