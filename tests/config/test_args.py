@@ -30,6 +30,7 @@ from cogvideox.config.options import (
     tracker_names,
 )
 from cogvideox.errors import NonFiniteError, UsageError, public_urls
+from cogvideox.files import size_text
 
 TESTS = Path(__file__).parents[1]
 TRAINING = TESTS.parent / "training"
@@ -1148,19 +1149,35 @@ def test_numbers_that_are_not_finite_are_named_also_if_another_process_has_ended
     assert capsys.readouterr().err.endswith(": checkpoint-2 is not saved: weight holds NaN\n")
 
 
+def print_once(folder: Path, printed: Path, launched: bool, *lines: str) -> None:
+    """Prints lines from a process of a launch, or from one that no launcher has started."""
+    (folder / "attempt_0" / "0").mkdir(parents=True, exist_ok=True)
+    code = f"from cogvideox import stopping; stopping.is_launcher = lambda _: {launched}; stopping.print_once(*{lines})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'training')!r}); {code}"
+    environ = os.environ | {"TORCHELASTIC_ERROR_FILE": str(folder / "attempt_0" / "0" / "error.json")}
+    with open(printed, "a") as file:
+        subprocess.run([sys.executable, "-c", code], stderr=file, check=True, env=environ)
+
+
 @pytest.mark.parametrize("printed", ["", "one.log"])
 def test_a_line_is_printed_again_to_another_place_and_without_a_launcher(tmp_path: Path, printed: str) -> None:
     """A launcher may write what each process prints to a file of its own. Without a launcher, a run is repeated."""
-    (tmp_path / "attempt_0" / "0").mkdir(parents=True)
-    code = "from cogvideox import stopping; stopping.is_launcher = lambda _: LAUNCHED; stopping.print_once('a', 'b')"
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'training')!r}); {code}"
-    environ = os.environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt_0" / "0" / "error.json")}
     for number in range(2):
         path = tmp_path / (printed or f"{number}.log")
-        with open(path, "a") as file:
-            launched = code.replace("LAUNCHED", str(not printed))
-            subprocess.run([sys.executable, "-c", launched], stderr=file, check=True, env=environ)
+        print_once(tmp_path, path, not printed, "a", "b")
     assert path.read_text() == "a\nb\n" * (2 if printed else 1)
+
+
+def test_a_full_disk_is_reported_once_whatever_each_process_has_measured(tmp_path: Path) -> None:
+    problems = [
+        f"out: {os.strerror(errno.ENOSPC)}, {size_text(needed)} needed, {size_text(free)} free; free some space"
+        for needed, free in ((294, 0), (296, 1), (5 << 30, 2 << 20), (7 << 20, 9 << 10))
+    ]
+    other = problems[0].replace("out", "another")
+    for problem in (*problems, other):
+        print_once(tmp_path, tmp_path / "log", True, "prepare_dataset.py: 1 problem", f"  {problem}")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[1::2] == [f"  {problems[0]}", f"  {other}"]
 
 
 def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import faulthandler
 import fcntl
 import hashlib
 import os
+import re
 import select
 import signal
 import socket
@@ -43,6 +44,7 @@ SECOND_SIGNAL = 1.0  # seconds; an earlier signal repeats the first: schedulers 
 UNWINDING = 0.5  # seconds for the main thread to end by itself when nothing is to be saved
 FAREWELL = 2.0  # seconds for it after a checkpoint was saved, for example to close trackers
 PERIOD = 0.2  # seconds between two checks by the watcher
+SIZE = re.compile(r"[\d.]+ (bytes?|[KMG]iB)")  # as files.size_text formats it
 IO_UNIT = 24  # bits: 16 MiB read or written count as a unit of work, such as a part of a large checkpoint
 LAUNCHERS = (
     *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
@@ -310,6 +312,8 @@ def print_once(*lines: str) -> None:
     ``torchrun`` and ``accelerate launch`` create a folder for the processes that they start on a machine, in which each
     one has a file for its error. A file next to these says what was printed. A process holds its lock until the lines
     are written, so if it is killed before that, another one prints them. Without such a folder, each process prints.
+
+    Lines that differ only in sizes are the same: each process measures the free space of a full disk by itself.
     """
     text = "".join(f"{line}\n" for line in lines)
     with ExitStack() as opened:
@@ -332,7 +336,7 @@ def _record_of(text: str) -> Path:
         OSError: No launcher has started this process, or stderr is not a file of the system.
     """
     place = os.fstat(sys.stderr.fileno())  # the launcher may redirect or drop what some processes print
-    name = hashlib.sha256(f"{place.st_dev} {place.st_ino} {text}".encode()).hexdigest()
+    name = hashlib.sha256(f"{place.st_dev} {place.st_ino} {SIZE.sub('', text)}".encode()).hexdigest()
     return _launch_file(f"printed-{name}")
 
 
