@@ -117,25 +117,43 @@ def wait_for(path: Path, processes: "list[subprocess.Popen[str]]") -> None:
     eventually(exists, within=300)
 
 
-def worker_of(launcher: int) -> int:
-    """Returns the only process that a launcher has started."""
-    (worker,) = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return int(worker)
+def workers_of(launcher: int) -> list[int]:
+    """Returns the processes that a launcher has started, in the order of their ranks."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("machine", [0, 1])
-def test_torchrun_restarts_a_killed_worker_and_the_run_resumes(
-    machine: int, command: Callable[..., list], right: list[float], tmp_path: Path
+MACHINES = "--max_restarts 1 --nnodes 2 --nproc_per_node 1 --rdzv_id run"
+LAUNCHES = {
+    "one machine": "-m torch.distributed.run --max_restarts 1 --nproc_per_node 2 --master_port {port}",
+    "c10d": f"-m torch.distributed.run {MACHINES} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{{port}}",
+    "static": f"-m torch.distributed.run {MACHINES} --master_port {{port}} --node_rank {{machine}}",
+    "accelerate": "-m accelerate.commands.launch --config_file accelerate_configs/uncompiled_2.yaml --max_restarts 1 "
+    "--num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {port} --machine_rank {machine}",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "killed"),
+    [
+        pytest.param("one machine", 1, marks=pytest.mark.slow),
+        *(pytest.param("c10d", rank, marks=pytest.mark.long) for rank in (0, 1)),
+        *(pytest.param("static", rank, marks=pytest.mark.long) for rank in (0, 1)),
+        pytest.param("accelerate", 1, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.fault("ranks: a process is killed, and its launcher starts all of them again")
+def test_a_launcher_restarts_a_killed_worker_and_the_run_resumes(
+    kind: str, killed: int, command: Callable[..., list], right: list[float], tmp_path: Path
 ) -> None:
-    output = tmp_path / "lora"
-    where = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{free_port()} --rdzv_id run"
-    launcher = [sys.executable, *f"-m torch.distributed.run {where} --max_restarts 1".split()]
-    more = {"ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    machines = [start([*launcher, *command(output)[1:]], **more) for _ in range(2)]
+    """The restarted processes must not try to reach the addresses of the former ones, which the launcher still has."""
+    output, port = tmp_path / "lora", free_port()
+    flags = [LAUNCHES[kind].format(port=port, machine=machine) for machine in range(1 if kind == "one machine" else 2)]
+    launchers = [[sys.executable, *words.split(), *command(output)[1:]] for words in flags]
+    machines = [start(launcher, ACCELERATE_USE_CPU="true") for launcher in launchers]
     try:
         wait_for(output / "checkpoint-4", machines)
-        os.kill(worker_of(machines[machine].pid), signal.SIGKILL)
+        workers = [worker for one in machines for worker in workers_of(one.pid)]
+        os.kill(workers[killed], signal.SIGKILL)
         said = "".join(finish(one) for one in machines)
     finally:
         for one in machines:

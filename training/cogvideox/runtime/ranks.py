@@ -49,6 +49,8 @@ LAUNCH_VARIABLES = (
     *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
 )
 
+OF_ATTEMPT = "cogvideox-attempt"  # the scheme of a URL with which torch.distributed calls ``connect_attempt``
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ def start_processes() -> "PartialState":
     from accelerate import PartialState
 
     with connecting():
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), init_method=connection_url())
     check_world(state.num_processes)
     return state
 
@@ -78,6 +80,61 @@ def connecting() -> Iterator[None]:
             "start all processes at the same time, with the address of process 0 in MASTER_ADDR and a free port of it "
             f"in MASTER_PORT; {LEFT_OVER} {' '.join(given)}"
         ) from error
+
+
+def connection_url() -> str | None:
+    """Returns the init_method of torch.distributed with which the processes find each other; None for the usual one.
+
+    A launcher that may restart processes keeps its store, which still has the addresses of the former processes. The
+    new ones would try to reach these (pytorch#135712), so they need names of their own in it.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return f"{OF_ATTEMPT}://" if shared and restarts and launched_processes() > 1 else None
+
+
+def connect_attempt(url: str, timeout: timedelta = PATIENCE, **_: object) -> Iterator[tuple[dist.Store, int, int]]:
+    """Yields the part of the launcher's store that only the processes of this attempt use, the rank and their number.
+
+    Args:
+        url: The URL of ``connection_url``.
+        timeout: How long to wait for the other processes.
+    """
+    rank, number = int(os.environ["RANK"]), launched_processes()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore("cogvideox", dist.TCPStore(address, port, is_master=False, timeout=timeout))
+    yield dist.PrefixStore(agree_on_attempt(store, rank, number, timeout), store), rank, number
+
+
+def agree_on_attempt(store: dist.Store, rank: int, number: int, timeout: timedelta) -> str:
+    """Returns a name for this attempt of the launcher, which rank 0 chooses and tells the others.
+
+    Each of them asks under a name of its own, so that it never reads the answer to a process of a former attempt.
+
+    Args:
+        store: The store of the launcher, with what former attempts wrote.
+        rank: The rank of this process.
+        number: The number of processes.
+        timeout: How long to wait for the other processes.
+    """
+    own = uuid4().hex
+    if rank > 0:
+        store.set(f"ask/{rank}", own)
+        attempt = store.get(f"answer/{own}").decode()
+        store.set(f"{attempt}/joined/{rank}", "")
+        return attempt
+    end = time.monotonic() + timeout.total_seconds()
+    while missing := [other for other in range(1, number) if not store.check([f"{own}/joined/{other}"])]:
+        for other in missing:
+            if store.check([f"ask/{other}"]):  # by this attempt, or still by a former one
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"{number - len(missing)} of {number} processes came")
+        time.sleep(0.02)
+    return own
+
+
+dist.register_rendezvous_handler(OF_ATTEMPT, connect_attempt)
 
 
 def alone(device: str = "cpu") -> "Ranks":

@@ -46,7 +46,7 @@ from cogvideox.optimizer.shard_files import Outcome, raise_errors
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.metrics import keep_records
-from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world, connecting
+from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world, connecting, connection_url
 from cogvideox.runtime.startup import Startup
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     handlers = []
     if world > 1 or deepspeed:
         timeout = timedelta(seconds=options.train.nccl_timeout + WATCHER_SECONDS)
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+        backend = "gloo" if on_cpu else "nccl"
+        handlers.append(InitProcessGroupKwargs(backend, connection_url(), timeout))
     if deepspeed and on_cpu:
         import deepspeed as library
 
