@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from running import LORA_SCRIPT, finish, free_port, lora_flags, python, start
 
+from cogvideox.errors import UsageError
 from cogvideox.runtime import ranks as module
-from cogvideox.runtime.ranks import agree_on_attempt, connection_url
+from cogvideox.runtime.ranks import agree_on_attempt, connecting, connection_url
 
 LIMIT = timedelta(seconds=20)
 
@@ -21,6 +25,67 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "ACCELERATE_", "NCCL_"))}
     monkeypatch.setattr(os, "environ", own)
     return own
+
+
+# -- what the processes say --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: ib0"),
+        RuntimeError("[/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 31000ms"),
+        dist.DistStoreError("Timed out after 631 seconds"),
+        ValueError("environment variable MASTER_PORT expected, but not set"),
+    ],
+)
+def test_an_error_of_the_connection_names_its_variables(error: Exception, environment: dict[str, str]) -> None:
+    environment.update({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "10.0.0.1"})
+    said = "cannot be connected: .*; the environment has WORLD_SIZE=2, RANK=1, MASTER"
+    with pytest.raises(UsageError, match=said), connecting():
+        raise error
+
+
+@pytest.mark.parametrize("text", ["CUDA error: invalid device ordinal", "No CUDA GPUs are available", "closed by peer"])
+def test_other_errors_keep_their_traceback(text: str, environment: dict[str, str]) -> None:
+    environment.update({"WORLD_SIZE": "2", "RANK": "1"})
+    error = RuntimeError(text)
+    with pytest.raises(RuntimeError) as caught, connecting():
+        raise error
+    assert caught.value is error
+
+
+def test_a_long_wait_is_explained(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.update({"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    monkeypatch.setattr(module, "USUAL_WAIT", 0.01)
+    with connecting():
+        time.sleep(0.2)
+    line = "process 2 still waits for the others of 4 processes, at 10.0.0.1:29500; all of them must be started with"
+    assert capsys.readouterr().err.startswith(line)
+    monkeypatch.setattr(module, "USUAL_WAIT", 0.1)
+    with connecting():
+        pass
+    environment["WORLD_SIZE"] = "1"
+    with connecting():
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.long
+@pytest.mark.fault("ranks: processes that were started with different numbers")
+def test_processes_that_expect_different_numbers_end(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Process 0 connects two processes, and the other one waits for a third that never comes."""
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--nccl_timeout", 1)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        start(python(LORA_SCRIPT, *flags), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(2 + rank), **shared)
+        for rank in range(2)
+    ]
+    said = [finish(rank, 2) for rank in ranks]
+    assert all("the processes of this run cannot be connected" in text for text in said)
+    assert "process 1 still waits for the others of 3 processes" in said[1]
 
 
 # -- a launcher that starts processes again ----------------------------------------------------------------------------

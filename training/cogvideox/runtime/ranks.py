@@ -6,6 +6,8 @@ take it. Both rely on the store through which torch.distributed connects the pro
 
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without p
 # The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
 # neither the rank nor the phase. So stopping.py, whose message does, ends the run first.
 WATCHER_SECONDS = 30
+USUAL_WAIT = 30.0  # seconds in which processes that are started together import torch and connect, even on slow disks
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
 LOST = re.compile(
@@ -41,8 +44,9 @@ LOST = re.compile(
 )
 # How gloo and NCCL say that another process is too slow.
 TIMED_OUT = re.compile("[Tt]imed out waiting|collective operation timeout")
-# How torch.distributed and accelerate say that a launcher has not told them where the other processes are.
-UNKNOWN_ADDRESS = re.compile("MASTER_ADDR|environment variable [A-Z_]+ expected")
+# How torch.distributed and accelerate say that a launcher has not told them where the other processes are, and gloo,
+# whose errors have no class of their own, that it cannot reach them.
+NOT_CONNECTED = re.compile("MASTER_ADDR|environment variable [A-Z_]+ expected|gloo|enforce fail", re.IGNORECASE)
 # Variables from which torch.distributed and accelerate conclude that there are several processes, and where they are.
 LAUNCH_VARIABLES = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
@@ -66,12 +70,16 @@ def start_processes() -> "PartialState":
 
 @contextmanager
 def connecting() -> Iterator[None]:
-    """Converts errors of accelerate and torch.distributed, while they connect the processes, into UsageError."""
+    """Converts errors of accelerate and torch.distributed, while they connect the processes, into UsageError.
+
+    If that takes longer than usual, a line says for whom this process waits.
+    """
     given = {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ}
     try:
-        yield
-    except (ValueError, dist.DistError) as error:
-        is_other = isinstance(error, ValueError) and not UNKNOWN_ADDRESS.search(str(error))
+        with reporting_a_wait():
+            yield
+    except (ValueError, RuntimeError) as error:
+        is_other = not isinstance(error, dist.DistError) and not NOT_CONNECTED.search(str(error))
         if not given or is_other or LOST.search(str(error)) or stopping.stops_now():
             raise
         listed = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -80,6 +88,25 @@ def connecting() -> Iterator[None]:
             "start all processes at the same time, with the address of process 0 in MASTER_ADDR and a free port of it "
             f"in MASTER_PORT; {LEFT_OVER} {' '.join(given)}"
         ) from error
+
+
+@contextmanager
+def reporting_a_wait() -> Iterator[None]:
+    """Prints a line if this process is not connected to the others within USUAL_WAIT seconds."""
+    number = launched_processes()
+    if number == 1:
+        yield
+        return
+    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    rule = f"still waits for the others of {number} processes, at {where}"
+    line = f"process {os.environ.get('RANK', '?')} {rule}; all of them must be started with this number and address"
+    report = threading.Timer(USUAL_WAIT, print, [line], {"file": sys.stderr, "flush": True})
+    report.daemon = True
+    report.start()
+    try:
+        yield
+    finally:
+        report.cancel()
 
 
 def connection_url() -> str | None:
@@ -211,15 +238,18 @@ class Ranks:
         self.num_processes: int = state.num_processes
         self.is_main_process: bool = state.is_main_process
         self.device: torch.device = state.device
-        self.sequence = make_sequence_group(sequence_parallel, timedelta(seconds=patience + WATCHER_SECONDS))
-        self.data_index, self.data_number = (n // sequence_parallel for n in (self.process_index, self.num_processes))
         self.patience = patience
-        connected = connected and self.num_processes > 1
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if connected else None
-        attempt = self.from_main(uuid4().hex)
+        limit, connected = timedelta(seconds=patience + WATCHER_SECONDS), connected and self.num_processes > 1
+        with connecting():
+            self.sequence = make_sequence_group(sequence_parallel, limit)
+            self._patient = dist.new_group(backend="gloo", timeout=limit) if connected else None
+            attempt = self.from_main(uuid4().hex)
+        self.data_index, self.data_number = (n // sequence_parallel for n in (self.process_index, self.num_processes))
         self.consensus = Consensus(connect_store(attempt) if connected else None)
         if connected:
             stopping.join_ranks(connect_store(attempt), self.process_index, self.num_processes, patience)
+            # From here on, stopping.py ends a wait for a process that does not come.
+            dist.distributed_c10d._set_pg_timeout(PATIENCE, self._patient)
 
     def print(self, *lines: str) -> None:
         """Prints lines on the standard output, from the main process only, without breaking a progress bar."""
