@@ -1180,14 +1180,35 @@ def test_a_full_disk_is_reported_once_whatever_each_process_has_measured(tmp_pat
     assert lines[1::2] == [f"  {problems[0]}", f"  {other}"]
 
 
-def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("written", "kept"), [(None, "1"), ("2", "2")])
+def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(
+    written: str | None,
+    kept: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """It may follow from an error of another rank, whose status is kept."""
+
     def main(options: typing.Any) -> int:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
+    exit_file = tmp_path / "exit"
+    if written:
+        exit_file.write_text(written)
+    monkeypatch.setenv("COGVIDEOX_EXIT_FILE", str(exit_file))
     monkeypatch.setattr(stopping, "install", lambda: None)
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    monkeypatch.setattr(stopping, "end_process", sys.exit)
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert ", in main\n" in said
+    assert said.endswith("\nOSError: [Errno 9] Bad file descriptor\n")
+    assert exit_file.read_text() == kept
 
 
 SUMS = """

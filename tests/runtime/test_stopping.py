@@ -187,6 +187,28 @@ child.wait()
 """
 
 
+def test_an_error_ends_a_script_with_status_1_while_its_watcher_is_in_a_library(tmp_path: Path) -> None:
+    """When Python ends, it aborts the process if another thread returns to it from a library of torch."""
+    code = """
+        from datetime import timedelta
+        import torch.distributed as dist
+        store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+
+        class Slow:
+            def add(self, *_):
+                with suppress(Exception): store.wait(["never"], timedelta(seconds=0.02))
+                return 0
+
+        stopping.PERIOD = 0  # so that the watcher always is in the library
+        stopping.join_ranks(Slow(), 0, 2, 60)
+        time.sleep(0.5)
+        ready()
+        raise RuntimeError("unknown")
+    """
+    status, said = Script(tmp_path, f"from contextlib import suppress\n{textwrap.dedent(code)}").end(within=30)
+    assert (status, "RuntimeError: unknown\n" in said) == (1, True)
+
+
 @pytest.mark.fault("signals: the parent process dies")
 @pytest.mark.parametrize(("parent", "ends"), [("torchrun", True), ("accelerate", True), ("sweep.py", False)])
 def test_the_end_of_a_launcher_stops_a_script_but_that_of_a_shell_does_not(

@@ -52,7 +52,7 @@ EPILOG = "To see every flag of this script, use --help_all."
 ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
 IDLE_HEADING = "accepted from other commands, without effect in this script"
 NO_EFFECT = "no effect"  # origin of the value of a flag that the script does not use
-LOST_RANK_EXIT, USAGE_EXIT, NON_FINITE_EXIT = 1, 2, 3
+ERROR_EXIT, USAGE_EXIT, NON_FINITE_EXIT = 1, 2, 3
 # Loggers of packages that, when merely installed, warn about extras that the suite does not use, and of one that warns
 # of a home folder that cannot be written.
 NOISY = (
@@ -408,9 +408,9 @@ def run_script(
 ) -> typing.NoReturn:
     """Parses the command line, runs ``main`` with the options, and exits.
 
-    The exit status is that of ``main``, or 1 after one line if another rank has ended, 2 after one line for each
-    problem that the user can fix, 3 after one line if training produced NaN or infinity, or 75 if the script was asked
-    to stop.
+    The exit status is that of ``main``, or 1 after one line if another rank has ended, or after a traceback, 2 after
+    one line for each problem that the user can fix, 3 after one line if training produced NaN or infinity, or 75 if the
+    script was asked to stop.
 
     Args:
         main: The work of the script; it returns the exit status.
@@ -440,10 +440,12 @@ def run_script(
             status = stopped_status()  # another rank stopped first, so a collective operation failed
         elif isinstance(error, LostRankError):
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
-            stopping.leave(LOST_RANK_EXIT, is_cause=False)
+            stopping.leave(ERROR_EXIT, is_cause=False)
         else:
             stopping.record_failure()
-            raise
+            # An error that Python itself reports may abort the process, while another thread is inside a library.
+            sys.excepthook(type(error), error, error.__traceback__)
+            stopping.leave(ERROR_EXIT, is_cause=False)  # because it may follow from an error of another rank
     if not status and (reason := console.output_problem()):
         print(f"{Path(sys.argv[0]).name}: a part of the standard output is missing: {reason}", file=sys.stderr)
         status = USAGE_EXIT
