@@ -15,10 +15,10 @@ attention and feed-forward, DeepSpeed ZeRO-3, fp32 on a GPU, and a CPU unless a 
 of a run must choose the same plan, so they exchange their measurements and each takes the minimum.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import astuple, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,7 @@ from cogvideox.config.options import (
     wanted_places,
 )
 from cogvideox.errors import UsageError, first_line, plural
+from cogvideox.files import machine_id
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
@@ -437,12 +438,17 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, flags: PlanFlags) ->
 
 
 def neighbors_of(ranks: Ranks) -> Neighbors | None:
-    """Returns the ranks of this machine, or None on all ranks if one is alone on its machine."""
-    firsts = ranks.gather([ranks.process_index - int(os.environ.get("LOCAL_RANK", "0"))])
-    if any(firsts.count(first) == 1 for first in firsts):
+    """Returns the ranks of this machine; None on all ranks if one is alone on its machine, or has a rank of another one
+    between it and the next of its own.
+
+    The ranks are asked, because a launcher may give each of them one GPU and LOCAL_RANK=0.
+    """
+    machines = ranks.gather([machine_id()])
+    runs = [len(list(group)) for _, group in groupby(machines)]
+    if 1 in runs or len(runs) > len(set(machines)):
         return None
-    first = firsts[ranks.process_index]
-    return Neighbors(first, firsts.count(first), ranks.process_index, ranks.gather)
+    own = machines[ranks.process_index]
+    return Neighbors(machines.index(own), machines.count(own), ranks.process_index, ranks.gather)
 
 
 def minimum_over_ranks(machines: list[Machine]) -> Machine:
