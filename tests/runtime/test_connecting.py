@@ -7,14 +7,17 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from running import LORA_SCRIPT, finish, free_port, lora_flags, python, start
 
 from cogvideox.errors import UsageError
 from cogvideox.runtime import ranks as module
-from cogvideox.runtime.ranks import agree_on_attempt, connecting, connection_url
+from cogvideox.runtime.ranks import agree_on_attempt, check_own_gpus, connecting, connection_url, number_here
 
 LIMIT = timedelta(seconds=20)
 
@@ -133,3 +136,63 @@ def test_an_attempt_has_a_name_only_if_its_launcher_may_restart_it(
     environment.update({"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"})
     environment.update(given)
     assert connection_url() == url
+
+
+# -- the processes of a machine ----------------------------------------------------------------------------------------
+
+
+def ranks_of(gathered: list[str], rank: int, device: str = "cpu") -> Any:
+    """Returns a process of a run whose processes gather these texts."""
+    given = {"gather": lambda _: gathered, "process_index": rank, "num_processes": len(gathered)}
+    return SimpleNamespace(**given, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("machines", "rank", "numbers"),
+    [
+        (["a"], 0, (None, None)),  # alone, so there is nothing to count
+        (["a", "a"], 1, ("2", "1")),
+        (["a", "a", "b", "b", "b"], 3, ("3", "1")),
+        (["a", "a", "b", "a"], 3, ("3", None)),  # neighbors must have consecutive ranks
+        (["a", "a", "b", "a"], 2, ("1", "0")),
+    ],
+)
+def test_processes_count_themselves_if_the_launcher_has_not(
+    machines: list[str],
+    rank: int,
+    numbers: tuple[str | None, str | None],
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "machine_name", lambda: machines[rank])
+    number_here(ranks_of(machines, rank), {"LOCAL_WORLD_SIZE", "LOCAL_RANK"})
+    assert (environment.get("LOCAL_WORLD_SIZE"), environment.get("LOCAL_RANK")) == numbers
+    given = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment.update(given)
+    number_here(ranks_of(machines, rank), ())
+    assert {name: environment[name] for name in given} == given
+
+
+@pytest.mark.slow
+def test_weights_are_shared_by_processes_that_nobody_has_counted(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = ("--load_tensors", "--plan", "lean", "--max_train_steps", 1, "--gradient_accumulation_steps", 1)
+    command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *flags))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
+    said = [finish(rank) for rank in [start(command, RANK=str(rank), **shared) for rank in range(2)]]
+    assert "streamed weights: one copy in host memory for the 2 processes of this machine" in said[0]
+
+
+def test_a_machine_has_one_name() -> None:
+    assert module.machine_name() == module.machine_name()
+
+
+def test_processes_with_the_same_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="u"))
+    with pytest.raises(
+        UsageError, match="processes 1 and 3 have the same GPU, and each needs one of its own; start at"
+    ):
+        check_own_gpus(ranks_of(["a 0", "a 1", "b 1", "a 1"], 0, "cuda"))
+    check_own_gpus(ranks_of(["a 0", "a 1"], 0, "cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+    check_own_gpus(ranks_of(["a 0"], 0, "cuda"))
+    check_own_gpus(ranks_of(["a 0", "a 0"], 0, "cpu"))

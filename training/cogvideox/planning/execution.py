@@ -133,7 +133,9 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     buckets, precision = buckets_of(tensors), base_precision(options)
     sizes = sizes_from_options(run, options, tensors.geometry, buckets, transformer)
     # Machines may have different numbers of ranks, but all ranks must choose the same plan.
-    sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])), steps=steps)
+    neighbors = neighbors_of(run.ranks)
+    sharing = 1 if neighbors is None else neighbors.number
+    sizes = replace(sizes, ranks=min(run.ranks.gather([sharing])), steps=steps)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     try:
         machine = measure_all_ranks(run, backend, sizes, options.plan)

@@ -6,10 +6,11 @@ take it. Both rely on the store through which torch.distributed connects the pro
 
 import os
 import re
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines that have the same name
 SHARED_SECONDS = 10.0  # Network file systems show new files to other machines some seconds late.
 PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
 # The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
@@ -343,6 +345,42 @@ class Ranks:
         if blind:
             rule = f"process {', '.join(blind)} has another folder of this name than process 0"
             raise UsageError(f"{flag} {folder}: {rule}; give one that all machines share")
+
+
+def machine_name() -> str:
+    """Returns a text that is the same in all processes of this machine, and differs on other machines."""
+    return f"{socket.gethostname()} {BOOT_ID.read_text().strip() if BOOT_ID.exists() else ''}"
+
+
+def number_here(ranks: Ranks, unsaid: Container[str]) -> None:
+    """Sets LOCAL_WORLD_SIZE and LOCAL_RANK from the machines of all processes, if the launcher has not.
+
+    Args:
+        ranks: The connected processes; all of them call this.
+        unsaid: Those of the two variables that the launcher of this process has not set.
+    """
+    if ranks.num_processes == 1:
+        return
+    machines, own = ranks.gather([machine_name()]), machine_name()
+    first, number = machines.index(own), machines.count(own)
+    if "LOCAL_WORLD_SIZE" in unsaid:
+        os.environ["LOCAL_WORLD_SIZE"] = str(number)
+    if "LOCAL_RANK" in unsaid and machines[first : first + number] == [own] * number:
+        os.environ["LOCAL_RANK"] = str(ranks.process_index - first)
+
+
+def check_own_gpus(ranks: Ranks) -> None:
+    """Raises UsageError on every rank if two of them have the same GPU, which NCCL would refuse in the first step.
+
+    Each process may see only its own GPU, as number 0, so the GPUs are compared by their UUIDs.
+    """
+    if ranks.num_processes == 1 or ranks.device.type != "cuda":
+        return
+    gpus = ranks.gather([f"{machine_name()} {torch.cuda.get_device_properties(ranks.device).uuid}"])
+    for number, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < number:
+            rule = f"processes {first} and {number} have the same GPU, and each needs one of its own"
+            raise UsageError(f"{rule}; start at most as many processes on each machine as it has GPUs")
 
 
 @contextmanager

@@ -46,7 +46,15 @@ from cogvideox.optimizer.shard_files import Outcome, raise_errors
 from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.metrics import keep_records
-from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world, connecting, connection_url
+from cogvideox.runtime.ranks import (
+    WATCHER_SECONDS,
+    Ranks,
+    check_own_gpus,
+    check_world,
+    connecting,
+    connection_url,
+    number_here,
+)
 from cogvideox.runtime.startup import Startup
 
 if TYPE_CHECKING:
@@ -149,11 +157,14 @@ def start_run(options: TrainOptions) -> Run:
             hub refuses.
     """
     use_growing_segments()
+    unsaid = {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} - os.environ.keys()  # accelerate may set them
     accelerator = make_accelerator(options)
-    use_cores(accelerator.device)
     output_dir = Path(options.train.output_dir)
     compiled = dynamo_backend() != "no"
     ranks = Ranks(accelerator.state, options.train.nccl_timeout, sequence_parallel=options.plan.sequence_parallel)
+    number_here(ranks, unsaid)
+    check_own_gpus(ranks)
+    use_cores(ranks.device)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch enables it by default
