@@ -5,6 +5,7 @@ options.py         lists the groups of flags of each script, and derives values 
 cards.py           lists cards with their memory and rates, for --dry_run
 presets.py         sets flags of the LoRA scripts for a style, a subject or a motion
 foreign_flags.py   accepts flags of other scripts and trainers, by one rule
+launch.py          checks what launchers and users have put into the environment
 conflicts.py       finds flags that contradict each other
 deepspeed.py       compares the configuration of DeepSpeed with the flags
 prepared_flags.py  reads the flags with which a folder was prepared, for --load_tensors

@@ -25,11 +25,11 @@ from cogvideox import __version__, caches, console, stopping
 from cogvideox.config.conflicts import flag_problems, remarks
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
+from cogvideox.config.launch import check_launch
 from cogvideox.config.options import (
     LoraOptions,
     Options,
     ScriptOptions,
-    check_launch,
     derive,
     derive_video_size,
     fields_of,

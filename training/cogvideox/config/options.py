@@ -9,7 +9,6 @@ standard library.
 import dataclasses
 import os
 import re
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,9 +46,6 @@ from cogvideox.config.flags import (
     TrainFlags,
     ValidationFlags,
 )
-from cogvideox.errors import UsageError
-
-LEFT_OVER = "if another launcher left it in the environment, run: unset"  # the fix, before the names of variables
 
 
 @dataclass(frozen=True)
@@ -385,43 +381,6 @@ def samples_per_step(options: TrainOptions, world: int) -> int:
     """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
     groups = world // options.plan.sequence_parallel  # each of them trains on samples of its own
     return options.train.train_batch_size * options.train.gradient_accumulation_steps * groups
-
-
-def check_launch() -> None:
-    """Raises UsageError if the launcher has numbered processes wrongly or left some out, or the locale lacks UTF-8."""
-    numbers, problems = {"RANK": 0, "WORLD_SIZE": 1}, []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        try:
-            numbers[name] = int(os.environ.get(name, numbers.get(name, 0)))
-        except ValueError:
-            problems.append(f"{name}={os.environ[name]}: must be a number; {LEFT_OVER} {name}")
-    if not problems and not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
-        rule = f"must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {numbers['WORLD_SIZE']}"
-        problems.append(f"RANK={numbers['RANK']}: {rule}; {LEFT_OVER} RANK WORLD_SIZE")
-    if lacks_processes():
-        rule = "it was asked for several processes and started one, because its configuration is for one"
-        fix = "give --config_file accelerate_configs/uncompiled_2.yaml, and to use CPUs set ACCELERATE_USE_CPU=true"
-        problems.append(f"accelerate launch: {rule} (distributed_type: NO); {fix}")
-    if (encoding := sys.getfilesystemencoding()) != "utf-8":
-        rule = f"Python reads flags and the names of files as {encoding}, and they must be UTF-8"
-        problems.append(f"the locale: {rule}; set the variable PYTHONUTF8=1")
-    if problems:
-        raise UsageError(problems)
-
-
-def lacks_processes() -> bool:
-    """Returns whether `accelerate launch` was asked for several processes and started only this one, which it does
-    silently if the distributed_type of its configuration is NO.
-
-    It then adds the address of process 0 to the environment and no rank. The address may also have been there before.
-    """
-    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() or "RANK" in os.environ:
-        return False
-    try:
-        of_launcher = Path("/proc", str(os.getppid()), "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return not any(variable.startswith(b"MASTER_ADDR=") for variable in of_launcher)
 
 
 def launched_processes() -> int:

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cogvideox import stopping
-from cogvideox.config.options import LEFT_OVER, asked_for_cpu, launched_processes
+from cogvideox.config.launch import LEFT_OVER
+from cogvideox.config.options import asked_for_cpu, launched_processes
 from cogvideox.errors import LostRankError, UsageError, first_line, first_of
 from cogvideox.files import temporary_of
 from cogvideox.model.sequence import make_sequence_group

@@ -1,0 +1,64 @@
+"""Checks what launchers and users have put into the environment, before torch is imported.
+
+A process learns from variables which part of a run it is. A launcher that has ended, another trainer or a guide may
+have left some of them. This module needs only the standard library.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cogvideox.errors import UsageError
+
+LEFT_OVER = "if another launcher left it in the environment, run: unset"  # the fix, before the names of variables
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_launch() -> None:
+    """Raises UsageError if the launcher has numbered processes wrongly or left some out, or the locale lacks UTF-8."""
+    problems = list(number_problems())
+    if lacks_processes():
+        rule = "it was asked for several processes and started one, because its configuration is for one"
+        fix = "give --config_file accelerate_configs/uncompiled_2.yaml, and to use CPUs set ACCELERATE_USE_CPU=true"
+        problems.append(f"accelerate launch: {rule} (distributed_type: NO); {fix}")
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        rule = f"Python reads flags and the names of files as {encoding}, and they must be UTF-8"
+        problems.append(f"the locale: {rule}; set the variable PYTHONUTF8=1")
+    if problems:
+        raise UsageError(problems)
+
+
+def number_problems() -> Iterator[str]:
+    """Yields contradictions between the numbers by which a launcher tells each process its place."""
+    given = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    if odd := [name for name, value in given.items() if not re.fullmatch(r"\s*[+-]?\d+\s*", value)]:
+        yield from (f"{name}={given[name]}: must be a number; {LEFT_OVER} {name}" for name in odd)
+        return
+    numbers = {name: int(value) for name, value in given.items()}
+    world, here = numbers.get("WORLD_SIZE", 1), numbers.get("LOCAL_WORLD_SIZE")
+    if not 0 <= numbers.get("RANK", 0) < world:
+        rule = f"must be from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {world}"
+        yield f"RANK={numbers.get('RANK', 0)}: {rule}; {LEFT_OVER} RANK WORLD_SIZE"
+    elif here is not None and not 1 <= here <= world:
+        rule = f"must be from 1 to WORLD_SIZE, which is {world}"
+        yield f"LOCAL_WORLD_SIZE={here}: {rule}; {LEFT_OVER} LOCAL_WORLD_SIZE"
+    elif here is not None and numbers.get("LOCAL_RANK", 0) >= here:
+        rule = f"must be below LOCAL_WORLD_SIZE, which is {here}"
+        yield f"LOCAL_RANK={numbers['LOCAL_RANK']}: {rule}; {LEFT_OVER} LOCAL_RANK LOCAL_WORLD_SIZE"
+
+
+def lacks_processes() -> bool:
+    """Returns whether `accelerate launch` was asked for several processes and started only this one, which it does
+    silently if the distributed_type of its configuration is NO.
+
+    It then adds the address of process 0 to the environment and no rank. The address may also have been there before.
+    """
+    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() or "RANK" in os.environ:
+        return False
+    try:
+        of_launcher = Path("/proc", str(os.getppid()), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(variable.startswith(b"MASTER_ADDR=") for variable in of_launcher)
