@@ -56,7 +56,7 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     from cogvideox.data.cache import publishing
     from cogvideox.preparation.prepare import Preparation
     from cogvideox.preparation.report import describe, prepare_and_report, suggest
-    from cogvideox.preparation.verify import find_faults, repair
+    from cogvideox.preparation.verify import check_flags, find_faults, repair
     from cogvideox.runtime.ranks import Ranks, start_processes, unconnected
 
     prepare = options.prepare
@@ -84,6 +84,7 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
         suggest(preparation, prepare.suggest_buckets)
         return 0
     if prepare.verify or prepare.repair:
+        check_flags(preparation)
         records = preparation.plan()
         faults = ranks.gather(find_faults(preparation, records))
         ranks.print(*(fault.text for fault in faults), f"faults: {len(faults)}")

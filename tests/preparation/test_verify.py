@@ -17,6 +17,7 @@ from preparing import complete, preparation, tensor_files
 from cogvideox.config.args import parse
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import TensorCache, open_index
+from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
 from cogvideox.preparation.verify import find_faults, repair
 
@@ -234,6 +235,30 @@ def test_the_flags(tiny: Tiny, data: Path, capsys: pytest.CaptureFixture[str]) -
     assert "faults: 1" in capsys.readouterr().out
     assert script("--repair") == 0
     assert script("--verify") == 0
+
+
+@pytest.mark.fault("data: tensors of another model, or made with other flags")
+def test_other_flags_are_named_and_nothing_is_repaired(tiny: Tiny, data: Path) -> None:
+    """Otherwise, each clip would be outdated, and be encoded again with flags that were only forgotten."""
+
+    def check(*more: str) -> None:
+        argv = ["--model_id", str(tiny("5b")), "--data_root", str(data), "--output_dir", str(data / "tensors"), *more]
+        assert prepare_dataset.main(parse(PrepareOptions, None, argv)) == 0
+
+    flags = ["--train_resolution", "5x32x48", "9x32x48", "--id_token", "TOKEN"]
+    check(*flags)
+    before, index = tensor_files(data), (data / "tensors/index.json").read_bytes()
+    for how in ("--verify", "--repair"):
+        with pytest.raises(UsageError) as error:
+            check(how)
+        rule, *lines = error.value.problems
+        assert rule.startswith(f"{data / 'tensors'}: was prepared with other flags; give them to --verify and --repair")
+        assert lines == [
+            "  --id_token: TOKEN there, not set now",
+            "  --train_resolution: 5x32x48 9x32x48 there, not set now",
+        ]
+    assert (tensor_files(data), (data / "tensors/index.json").read_bytes()) == (before, index)
+    check("--verify", "--train_resolution", "9x32x48", "5x32x48", "--id_token", " TOKEN", "--dtype", "fp32")
 
 
 # -- first frames ------------------------------------------------------------------------------------------------------

@@ -449,14 +449,15 @@ class Preparation:
             text_length=encoders.text_length,
             validation=validation,
             image_variants=self.image_variants,
-            recipe=kept_values(
-                self.data,
-                self.flags,
-                fps=self.recipe.fps,
-                random_flip=self.recipe.flip_probability,
-                num_augmentations=self.recipe.variants,
-            ),
+            recipe=self.kept_flags,
         )
+
+    @property
+    def kept_flags(self) -> dict[str, Any]:
+        """The flags for index.json that decide the tensors."""
+        recipe = self.recipe
+        effective = {"random_flip": recipe.flip_probability, "num_augmentations": recipe.variants}
+        return kept_values(self.data, self.flags, fps=recipe.fps, **effective)
 
     def cached_samples(self, sample: Sample, record: ClipRecord, encoders: Encoders) -> Iterator[CachedSample]:
         """Yields a sample's entries in the index: one per bucket, none if its clip cannot be used."""

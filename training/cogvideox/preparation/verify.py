@@ -1,7 +1,7 @@
 """Verifies and repairs a cache: finds tensors that are damaged, missing, outdated or made with another model.
 
-``find_faults`` compares the cache with its data and changes nothing. ``repair`` deletes what is faulty, so that the
-next preparation encodes it again.
+``check_flags`` compares the flags with those of the cache. ``find_faults`` compares the cache with its data and changes
+nothing. ``repair`` deletes what is faulty, so that the next preparation encodes it again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cogvideox.config.prepared_flags import normalized
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_index
 from cogvideox.data.clips import content_change
 from cogvideox.data.media.workers import Killed
@@ -16,6 +17,7 @@ from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord
 from cogvideox.errors import UsageError
 from cogvideox.preparation.encoding import Encoders, other_encoders
 from cogvideox.preparation.prepare import Preparation
+from cogvideox.runtime.resume import changes, there_and_now
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,30 @@ class Fault:
     text: str
     key: str | None = None
     record: ClipRecord | None = None
+
+
+def check_flags(preparation: Preparation) -> None:
+    """Checks that a cache is verified with the flags that it was made with, as far as they are known.
+
+    Otherwise every clip would be reported as outdated, and --repair would encode all of them with the other flags. The
+    precision is not compared, because a cache keeps its own.
+
+    Raises:
+        UsageError: A flag has another value.
+    """
+    try:
+        there = open_index(preparation.folder).recipe
+    except UsageError:  # find_faults reports it
+        return
+    here = {name: value for name, value in preparation.kept_flags.items() if name in there and name != "dtype"}
+    other = {name for name, value in here.items() if normalized(name, value) != normalized(name, there[name])}
+    if "train_resolution" in other:
+        other.discard("max_num_frames")  # which follows from it
+    if other:
+        rule = f"{preparation.folder}: was prepared with other flags"
+        fix = "give them to --verify and --repair, too; to encode with these, leave --verify and --repair out"
+        lines = there_and_now({name: pair for name, pair in changes(there, here).items() if name in other})
+        raise UsageError([f"{rule}; {fix}", *(f"  {line}" for line in lines)])
 
 
 def find_faults(preparation: Preparation, records: Sequence[ClipRecord]) -> list[Fault]:
