@@ -25,6 +25,7 @@ def problems(*flags: object, lora: bool = False) -> list[str]:
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
 
 
 @pytest.mark.parametrize(

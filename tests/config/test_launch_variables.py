@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from cogvideox.config.launch import check_launch
+from cogvideox.config import launch
+from cogvideox.config.launch import check_launch, network_problems, start_problems
 from cogvideox.errors import UsageError
 
 OWN = ("ACCELERATE_", "SLURM_", "NCCL_", "GLOO_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
@@ -52,3 +53,42 @@ def test_numbers_that_contradict_each_other_are_named(given: dict[str, str], sai
 def test_all_numbers_are_reported_at_once() -> None:
     os.environ.update({"RANK": "x", "LOCAL_RANK": "y"})
     assert [problem.split("=")[0] for problem in problems()] == ["RANK", "LOCAL_RANK"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, None),
+        ({"GLOO_SOCKET_IFNAME": "eth0,ib0,"}, None),
+        ({"GLOO_SOCKET_IFNAME": "eth"}, "GLOO_SOCKET_IFNAME=eth: this machine has no such network interface; it"),
+        ({"GLOO_SOCKET_IFNAME": "eth0,eth1"}, "GLOO_SOCKET_IFNAME=eth0,eth1"),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, None),  # a prefix
+        ({"NCCL_SOCKET_IFNAME": "ens,ib"}, None),
+        ({"NCCL_SOCKET_IFNAME": "eth0:29500"}, None),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, None),  # all others
+        ({"NCCL_SOCKET_IFNAME": "=eth0"}, None),
+        ({"NCCL_SOCKET_IFNAME": "=eth"}, "NCCL_SOCKET_IFNAME==eth"),
+        ({"NCCL_SOCKET_IFNAME": "ens"}, "it has lo, eth0, ib0; set it to the one that connects the machines"),
+        ({"NCCL_SOCKET_IFNAME": "ens", "ACCELERATE_USE_CPU": "true"}, None),  # without NCCL
+        ({"NCCL_SOCKET_IFNAME": "ens", "WORLD_SIZE": "1"}, None),
+        ({"NCCL_SOCKET_IFNAME": ""}, None),
+    ],
+)
+def test_a_network_interface_that_is_not_there_is_named(
+    given: dict[str, str], named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.socket, "if_nameindex", lambda: list(enumerate(["lo", "eth0", "ib0"])))
+    os.environ.update({"WORLD_SIZE": "2"} | given)
+    found = list(network_problems())
+    assert len(found) == (named is not None)
+    assert all(named in problem for problem in found if named)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_a_setting_that_needs_a_launcher_is_refused_without_one(name: str) -> None:
+    os.environ[f"ACCELERATE_USE_{name}"] = "True"
+    (problem,) = start_problems()
+    assert problem.startswith(f"ACCELERATE_USE_{name}=True: needs processes that a launcher has started")
+    assert problem.endswith(f"start it with accelerate launch, or run: unset ACCELERATE_USE_{name}")
+    os.environ["LOCAL_RANK"] = "0"
+    assert list(start_problems()) == []

@@ -541,7 +541,7 @@ def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environme
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "fsdp_activation_checkpointing", "--keep"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, (), "fsdp_cpu_ram_efficient_loading", "set it to false"),
         ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, (), "fsdp_reshard_after_forward", "set it to true"),
-        ({"WORLD_SIZE": "1"}, (), "nothing to shard", "--num_processes 2"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (), "nothing to shard", "--num_processes 2"),
         ({HSDP[0]: "3", HSDP[1]: "2"}, (), "dp_replicate_size 3 times dp_shard_size 2", "4"),
         ({HSDP[0]: "4", HSDP[1]: "1"}, (), "dp_replicate_size 4 times dp_shard_size 1", "at least 2 shards"),
         ({"FSDP_IGNORED_MODULES": "proj_out"}, (), "fsdp_ignored_modules", "leave it out"),

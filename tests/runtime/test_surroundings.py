@@ -213,6 +213,7 @@ def test_a_locale_without_utf8_is_named(model: Path, tmp_path: Path) -> None:
             "environment has WORLD_SIZE=1, RANK=0, LOCAL_RANK=0; start all processes at the same time",
         ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "run: unset OMPI_COMM_WORLD_SIZE"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "or run: unset ACCELERATE_USE_DEEPSPEED"),
     ],
 )
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from cogvideox.config.flags import (
     ValidationFlags,
 )
 from cogvideox.config.foreign_flags import guide_defaults
+from cogvideox.config.launch import network_problems, start_problems
 from cogvideox.config.options import (
     CaptionOptions,
     DoctorOptions,
@@ -489,6 +490,10 @@ def check_launcher(options: TrainOptions) -> Iterator[str]:
         rule = f"is not supported; set it to {', '.join(MIXED_PRECISIONS)}, or give --mixed_precision"
         yield f"accelerate launch: mixed_precision {precision}: {rule}"
     yield from sequence_problems(options)
+    yield from network_problems()
+    if unstarted := list(start_problems()):
+        yield from unstarted
+        return
     if under_deepspeed():
         yield from (f"accelerate launch (DeepSpeed): {problem}" for problem in launch_problems(options))
     if under_fsdp():

@@ -6,10 +6,12 @@ have left some of them. This module needs only the standard library.
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cogvideox.config.options import asked_for_cpu, launched_processes, under_deepspeed, under_fsdp
 from cogvideox.errors import UsageError
 
 LEFT_OVER = "if another launcher left it in the environment, run: unset"  # the fix, before the names of variables
@@ -62,3 +64,40 @@ def lacks_processes() -> bool:
     except OSError:
         return False
     return not any(variable.startswith(b"MASTER_ADDR=") for variable in of_launcher)
+
+
+def start_problems() -> Iterator[str]:
+    """Yields the settings of accelerate that need a launcher, if none has started this process."""
+    if launched_processes() > 1 or "LOCAL_RANK" in os.environ:
+        return
+    wanted = {"ACCELERATE_USE_DEEPSPEED": under_deepspeed(), "ACCELERATE_USE_FSDP": under_fsdp()}
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        rule = "needs processes that a launcher has started, and none has started this one"
+        yield f"{name}={os.environ[name]}: {rule}; start it with accelerate launch, or run: unset {name}"
+
+
+def network_problems() -> Iterator[str]:
+    """Yields the variables whose network interfaces this machine lacks, if several processes are to be connected."""
+    if launched_processes() == 1:
+        return
+    here = [name for _, name in socket.if_nameindex()]
+    for variable, is_used in (("GLOO_SOCKET_IFNAME", True), ("NCCL_SOCKET_IFNAME", not asked_for_cpu())):
+        asked = os.environ.get(variable, "")
+        if is_used and asked and not has_interfaces(variable, asked, here):
+            rule = f"this machine has no such network interface; it has {', '.join(here)}"
+            fix = "set it to the one that connects the machines"
+            yield f"{variable}={asked}: {rule}; {fix}, or run: unset {variable}"
+
+
+def has_interfaces(variable: str, asked: str, here: list[str]) -> bool:
+    """Returns whether a library finds the interfaces that its variable asks for among those of this machine.
+
+    gloo needs all names of its list. NCCL needs one interface that begins with a part of its list, or after "=" equals
+    one. After "^", it needs one that the list does not have.
+    """
+    names = [name.partition(":")[0] for name in asked.removeprefix("=").split(",") if name]
+    if variable.startswith("GLOO"):
+        return set(names) <= set(here)
+    if asked.startswith("^") or not names:
+        return True
+    return any(name in names if asked.startswith("=") else name.startswith(tuple(names)) for name in here)

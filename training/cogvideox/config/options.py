@@ -409,7 +409,7 @@ def dynamo_backend() -> str:
 
 def under_deepspeed() -> bool:
     """Returns whether the configuration of accelerate selects DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def under_fsdp() -> bool:
