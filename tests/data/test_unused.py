@@ -58,13 +58,21 @@ def test_lists_take_the_place_of_text_files_too(tmp_path: Path) -> None:
 def test_a_blank_row_says_that_a_text_file_has_its_caption(tmp_path: Path) -> None:
     with_texts(tmp_path, a="x", b="")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,\nb.mp4,\n")
-    first, second = (problem.split("; prepare")[0] for problem in problems(tmp_path))
+    first, second = (problem.split("; caption_dataset.py")[0] for problem in problems(tmp_path))
     assert first == (
         f"{tmp_path}/metadata.csv:2: blank caption; copy it from the text file next to the clip, which is not read "
         "because this file has the captions"
     )
     assert second == f"{tmp_path}/metadata.csv:3: blank caption; write one, or remove the row"
     assert list(unused_of(tmp_path).captions.values()) == [[str(tmp_path / "a.txt")]]
+
+
+def test_a_blank_scene_does_not_get_the_text_of_all_scenes(tmp_path: Path) -> None:
+    with_texts(tmp_path, a="x")
+    (tmp_path / "metadata.csv").write_text("file_name,text,start,end\na.mp4,,0,1\na.mp4,,,\n")
+    scene, complete = (problem.split("; caption_dataset.py")[0] for problem in problems(tmp_path))
+    assert scene == f"{tmp_path}/metadata.csv:2: blank caption; write one, or remove the row"
+    assert "; copy it from the text file" in complete
 
 
 @pytest.mark.parametrize(

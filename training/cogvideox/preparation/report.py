@@ -139,7 +139,8 @@ def next_steps(preparation: Preparation, records: Records) -> list[str]:
         text_file = "a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
         where = " or ".join(f"its row of {file}" if file else text_file for file in dict.fromkeys(missing))
         have = plural(len(records), "clip has", "clips have")
-        steps.append(f"write the captions: {len(missing)} of {have} none; each goes into {where}")
+        rule = f"{len(missing)} of {have} none; each goes into {where}"
+        steps.append(f"write the captions, or let caption_dataset.py write them: {rule}")
     if any(record.status in (SHORT, SMALL) for record in records):
         proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
         if proposal.fitting > good:

@@ -22,7 +22,9 @@ EXAMPLES = 3  # how many problems of one kind are printed in full
 # Kinds of problems about missing captions.
 NO_CAPTION, NO_CAPTIONS, CAPTION_ELSEWHERE = "no caption", "no captions at all", "caption in another folder"
 # The end of messages about missing captions.
-WITHOUT_CAPTIONS = "prepare_dataset.py --dry_run and --suggest_buckets work without captions"
+WITHOUT_CAPTIONS = (
+    "caption_dataset.py writes missing captions; prepare_dataset.py --dry_run and --suggest_buckets work without"
+)
 
 
 @dataclass(frozen=True)

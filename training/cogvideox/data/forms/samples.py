@@ -215,7 +215,7 @@ def _check_captions(captions: Column, columns: Columns, problems: Problems) -> N
             continue
         if not caption:
             fix = f"write one, or {captions.removal}"
-            if columns.caption_file and _has_text_next_to_it(columns.videos, row):
+            if columns.caption_file and _has_text_next_to_it(columns, row):
                 fix = (
                     "copy it from the text file next to the clip, which is not read because this file has the captions"
                 )
@@ -228,11 +228,14 @@ def _check_captions(captions: Column, columns: Columns, problems: Problems) -> N
             problems.add("half a character", f"{captions.location(row)}: {rule}")
 
 
-def _has_text_next_to_it(videos: Column | None, row: int) -> bool:
-    """Returns whether the clip of a row has a text file next to it that is not empty."""
+def _has_text_next_to_it(columns: Columns, row: int) -> bool:
+    """Returns whether the clip of a row has a text file of its own next to it, which is not empty."""
+    videos = columns.videos
     path = videos.values[row] if videos is not None and row < len(videos.values) else None
     if videos is None or not path or "\0" in path:
         return False
+    if columns.sections is not None and row < len(columns.sections) and columns.sections[row] is not None:
+        return False  # the text is about all sections of the file
     text = f"{os.path.splitext(os.path.join(videos.folder, path))[0]}.txt"
     return os.path.isfile(text) and os.path.getsize(text) > 0
 
