@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from running import ROOT
 
-from cogvideox.config import launch
-from cogvideox.config.launch import check_launch, network_problems, start_problems
+from cogvideox.config import args, launch
+from cogvideox.config.launch import check_launch, launch_remarks, network_problems, start_problems
+from cogvideox.config.options import LoraOptions
 from cogvideox.errors import UsageError
 
 OWN = ("ACCELERATE_", "SLURM_", "NCCL_", "GLOO_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
@@ -92,3 +94,33 @@ def test_a_setting_that_needs_a_launcher_is_refused_without_one(name: str) -> No
     assert problem.endswith(f"start it with accelerate launch, or run: unset ACCELERATE_USE_{name}")
     os.environ["LOCAL_RANK"] = "0"
     assert list(start_problems()) == []
+
+
+def options(*flags: str) -> LoraOptions:
+    required = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o"]
+    return args.parse(LoraOptions, None, [*required, *flags])
+
+
+def test_settings_that_are_followed_without_accelerate_are_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be left over. Under accelerate launch, they are those of its configuration."""
+    assert list(launch_remarks(options())) == []
+    os.environ.update({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"})
+    (line,) = launch_remarks(options())
+    assert "the environment has ACCELERATE_MIXED_PRECISION=bf16, which this run follows" in line
+    assert line.endswith("run: unset ACCELERATE_MIXED_PRECISION")
+    assert list(launch_remarks(options("--mixed_precision", "fp16"))) == []
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    (line,) = launch_remarks(options("--mixed_precision", "fp16"))
+    assert line.endswith("run: unset ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setattr(launch, "is_launcher", lambda pid, among: "accelerate" in among)
+    assert list(launch_remarks(options())) == []
+
+
+def test_tasks_of_srun_that_do_not_know_each_other_are_remarked() -> None:
+    os.environ.update({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"})
+    (line,) = launch_remarks(options())
+    assert line.startswith("SLURM: srun has started 8 tasks that do not know each other")
+    assert (ROOT / "examples" / "slurm.sbatch").exists()
+    assert "examples/slurm.sbatch" in line
+    os.environ["RANK"] = "3"
+    assert list(launch_remarks(options())) == []

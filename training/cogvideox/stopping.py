@@ -30,7 +30,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -46,8 +46,9 @@ FAREWELL = 2.0  # seconds for it after a checkpoint was saved, for example to cl
 PERIOD = 0.2  # seconds between two checks by the watcher
 SIZE = re.compile(r"[\d.]+ (bytes?|[KMG]iB)")  # as files.size_text formats it
 IO_UNIT = 24  # bits: 16 MiB read or written count as a unit of work, such as a part of a large checkpoint
+ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 LAUNCHERS = (
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
+    *ACCELERATE,
     *("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"),
 )
 
@@ -525,11 +526,11 @@ def _bytes_moved() -> int:
     return 0
 
 
-def is_launcher(pid: int) -> bool:
+def is_launcher(pid: int, among: Sequence[str] = LAUNCHERS) -> bool:
     """Returns whether a process is a launcher of training processes, which must not outlive it."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:6]
     except OSError:
         return False
     names = {Path(word).name.removesuffix(".py") for word in words} | set(words)
-    return bool(names & set(LAUNCHERS))
+    return bool(names & set(among))

@@ -26,7 +26,7 @@ from cogvideox.config.flags import (
     ValidationFlags,
 )
 from cogvideox.config.foreign_flags import guide_defaults
-from cogvideox.config.launch import network_problems, start_problems
+from cogvideox.config.launch import launch_remarks, network_problems, start_problems
 from cogvideox.config.options import (
     CaptionOptions,
     DoctorOptions,
@@ -313,6 +313,7 @@ def without_effect_on_training(options: TrainOptions) -> Iterator[tuple[str, str
 
 def training_remarks(options: TrainOptions) -> Iterator[str]:
     """Yields remarks about flags of a training script that fit neither its method, its data nor its optimizer."""
+    yield from launch_remarks(options)
     if options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
     if isinstance(options, LoraOptions) and options.optimizer.offload_gradients:

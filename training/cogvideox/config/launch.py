@@ -11,8 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.config.options import asked_for_cpu, launched_processes, under_deepspeed, under_fsdp
+from cogvideox.config.options import (
+    TrainOptions,
+    asked_for_cpu,
+    dynamo_backend,
+    launched_processes,
+    under_deepspeed,
+    under_fsdp,
+)
 from cogvideox.errors import UsageError
+from cogvideox.stopping import ACCELERATE, is_launcher
 
 LEFT_OVER = "if another launcher left it in the environment, run: unset"  # the fix, before the names of variables
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -101,3 +109,22 @@ def has_interfaces(variable: str, asked: str, here: list[str]) -> bool:
     if asked.startswith("^") or not names:
         return True
     return any(name in names if asked.startswith("=") else name.startswith(tuple(names)) for name in here)
+
+
+def launch_remarks(options: TrainOptions) -> Iterator[str]:
+    """Yields remarks about what the environment makes of a training run, and the user may not have meant."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    follows = {
+        "ACCELERATE_USE_DEEPSPEED": under_deepspeed(),
+        "ACCELERATE_USE_FSDP": under_fsdp(),
+        "ACCELERATE_DYNAMO_BACKEND": dynamo_backend() != "no",
+        "ACCELERATE_MIXED_PRECISION": precision != "no" and options.train.mixed_precision is None,
+    }
+    names = [name for name, is_followed in follows.items() if is_followed]
+    if names and not is_launcher(os.getppid(), ACCELERATE):
+        listed = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        yield f"accelerate: the environment has {listed}, which this run follows; {LEFT_OVER} {' '.join(names)}"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "RANK" not in os.environ:
+        rule = f"srun has started {tasks} tasks that do not know each other, so each would train by itself"
+        yield f"SLURM: {rule}; examples/slurm.sbatch makes them one run"
