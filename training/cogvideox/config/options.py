@@ -391,7 +391,7 @@ def launched_processes() -> int:
 def local_processes() -> int:
     """Returns the number of processes of this run on this machine, as the launcher reports it.
 
-    Not every launcher does. Connected processes then count themselves (``number_here`` in runtime/ranks.py). Until
+    Not every launcher does. Connected processes then count themselves (``count_here`` in runtime/ranks.py). Until
     then, all of them count as being on this machine.
     """
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))

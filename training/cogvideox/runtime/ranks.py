@@ -6,11 +6,10 @@ take it. Both rely on the store through which torch.distributed connects the pro
 
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +25,13 @@ from cogvideox import stopping
 from cogvideox.config.launch import LEFT_OVER
 from cogvideox.config.options import asked_for_cpu, launched_processes
 from cogvideox.errors import LostRankError, UsageError, first_line, first_of
-from cogvideox.files import temporary_of
+from cogvideox.files import machine_id, temporary_of
 from cogvideox.model.sequence import make_sequence_group
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines that have the same name
 SHARED_SECONDS = 10.0  # Network file systems show new files to other machines some seconds late.
 PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
 # The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
@@ -348,26 +346,16 @@ class Ranks:
             raise UsageError(f"{flag} {folder}: {rule}; give one that all machines share")
 
 
-def machine_name() -> str:
-    """Returns a text that is the same in all processes of this machine, and differs on other machines."""
-    return f"{socket.gethostname()} {BOOT_ID.read_text().strip() if BOOT_ID.exists() else ''}"
-
-
-def number_here(ranks: Ranks, unsaid: Container[str]) -> None:
-    """Sets LOCAL_WORLD_SIZE and LOCAL_RANK from the machines of all processes, if the launcher has not.
+def count_here(ranks: Ranks, counted: bool) -> None:
+    """Sets LOCAL_WORLD_SIZE to the number of processes on this machine, if the launcher has not.
 
     Args:
         ranks: The connected processes; all of them call this.
-        unsaid: Those of the two variables that the launcher of this process has not set.
+        counted: Whether the launcher of this process has set it.
     """
-    if ranks.num_processes == 1:
-        return
-    machines, own = ranks.gather([machine_name()]), machine_name()
-    first, number = machines.index(own), machines.count(own)
-    if "LOCAL_WORLD_SIZE" in unsaid:
-        os.environ["LOCAL_WORLD_SIZE"] = str(number)
-    if "LOCAL_RANK" in unsaid and machines[first : first + number] == [own] * number:
-        os.environ["LOCAL_RANK"] = str(ranks.process_index - first)
+    machines = ranks.gather([machine_id()])
+    if ranks.num_processes > 1 and not counted:
+        os.environ["LOCAL_WORLD_SIZE"] = str(machines.count(machine_id()))
 
 
 def check_own_gpus(ranks: Ranks) -> None:
@@ -377,7 +365,7 @@ def check_own_gpus(ranks: Ranks) -> None:
     """
     if ranks.num_processes == 1 or ranks.device.type != "cuda":
         return
-    gpus = ranks.gather([f"{machine_name()} {torch.cuda.get_device_properties(ranks.device).uuid}"])
+    gpus = ranks.gather([f"{machine_id()} {torch.cuda.get_device_properties(ranks.device).uuid}"])
     for number, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < number:
             rule = f"processes {first} and {number} have the same GPU, and each needs one of its own"

@@ -53,7 +53,7 @@ from cogvideox.runtime.ranks import (
     check_world,
     connecting,
     connection_url,
-    number_here,
+    count_here,
 )
 from cogvideox.runtime.startup import Startup
 
@@ -157,12 +157,12 @@ def start_run(options: TrainOptions) -> Run:
             hub refuses.
     """
     use_growing_segments()
-    unsaid = {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} - os.environ.keys()  # accelerate may set them
+    counted = "LOCAL_WORLD_SIZE" in os.environ  # on a CPU, accelerate sets it to 1 if the launcher has not
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
     compiled = dynamo_backend() != "no"
     ranks = Ranks(accelerator.state, options.train.nccl_timeout, sequence_parallel=options.plan.sequence_parallel)
-    number_here(ranks, unsaid)
+    count_here(ranks, counted)
     check_own_gpus(ranks)
     use_cores(ranks.device)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
