@@ -35,6 +35,8 @@ from cogvideox.runtime.run import (
     check_type_of_deepspeed,
     lock_output_folder,
     make_accelerator,
+    reason_for_cpu,
+    start_run,
     write_config,
 )
 
@@ -78,6 +80,25 @@ def test_a_configuration_for_gpus_names_what_trains_on_the_cpu(
     for key, value in variable.items():
         monkeypatch.setenv(key, value)
     assert launched_environment(path, *more)["ACCELERATE_USE_CPU"].lower() == "true"
+
+
+def test_a_run_on_a_cpu_says_why_it_uses_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so only where there is a driver for a GPU."""
+    driver = tmp_path / "version"
+    monkeypatch.setattr("cogvideox.runtime.run.NVIDIA_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    start_run(options_of(tmp_path / "without")).disconnect()
+    assert "no GPU is used" not in capsys.readouterr().err
+    driver.touch()
+    start_run(options_of(tmp_path / "with")).disconnect()
+    line = f"no GPU is used, although this machine has a driver for one: torch {torch.__version__} sees none\n"
+    assert line in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert reason_for_cpu().endswith(" sees none with CUDA_VISIBLE_DEVICES=7")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert reason_for_cpu() == "ACCELERATE_USE_CPU=true"
 
 
 def test_a_precision_that_deepspeed_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

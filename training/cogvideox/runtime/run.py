@@ -60,6 +60,7 @@ from cogvideox.runtime.startup import Startup
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 RUN_CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
@@ -166,6 +167,8 @@ def start_run(options: TrainOptions) -> Run:
     check_own_gpus(ranks)
     use_cores(ranks.device)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
+    if run.device.type == "cpu" and NVIDIA_DRIVER.exists():
+        run.say(f"no GPU is used, although this machine has a driver for one: {reason_for_cpu()}")
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch enables it by default
     problem = (lock_output_folder(run, options) or open_run_repository(run, options)) if run.is_main else None
@@ -175,6 +178,14 @@ def start_run(options: TrainOptions) -> Run:
         raise UsageError(problem)
     run.ranks.check_shared(output_dir, "--output_dir")
     return run
+
+
+def reason_for_cpu() -> str:
+    """Returns why a run that found no GPU, or was told to use none, is on the CPU."""
+    if asked_for_cpu():
+        return f"ACCELERATE_USE_CPU={os.environ['ACCELERATE_USE_CPU']}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"torch {torch.__version__} sees none" + ("" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}")
 
 
 def use_growing_segments() -> None:
