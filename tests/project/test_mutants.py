@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import mutants
@@ -37,3 +39,12 @@ def test_each_outcome_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcome_of("a / b", "a - b") == "0 places"
     assert outcome_of("return a + b", "return (") == "pytest ended with 2"
     assert (library / "sums.py").read_text() == "def total(a, b):\n    return a + b\n"
+
+
+def test_the_tests_of_the_mutants_exist() -> None:
+    """With an unknown test, pytest ends before it runs any, so a mutant would not be tested."""
+    named = {mutants.path_of_test(test) for mutant in mutants.MUTANTS for test in mutant.tests if "::" in test}
+    assert named
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sorted(named)]
+    found = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
         return f"{self.file}: {self.old.strip()} -> {self.new.strip() or '(nothing)'}"
 
 
-PLANS = "test_stack.py::test_every_plan_is_the_transformer_of_diffusers[make_with_lora-5b]"
+PLANS = "test_stack.py::test_every_plan_is_the_transformer_of_diffusers[1.5-5b-i2v-make_with_lora]"
 STREAMS = "test_stack.py::test_every_stream_waits_for_what_it_touches"
 MUTANTS = (
     # the block
