@@ -16,6 +16,7 @@ example as a SLURM job array, always with the same flags and the same folder, wh
 processes divide the work as they go. Each may be killed, and started again by itself.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ from pathlib import Path
 from cogvideox.config import args
 from cogvideox.config.flags import FirstFrameFlags
 from cogvideox.config.geometry import check_preparation, read_geometry
-from cogvideox.config.options import PrepareOptions, needs_captions
+from cogvideox.config.launch import adopt_tasks
+from cogvideox.config.options import PrepareOptions, launched_processes, needs_captions
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.pixels.decord_reader import check_reader
-from cogvideox.errors import plural
+from cogvideox.errors import UsageError, plural
 from cogvideox.files import what_is_safe
 
 
@@ -61,6 +63,7 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
 
     prepare = options.prepare
     if prepare.verify or prepare.repair:  # the ranks gather the faults that they have found
+        check_connection("--verify" if prepare.verify else "--repair")
         ranks = Ranks(start_processes(), prepare.nccl_timeout)
         ranks.check_shared(folder, "--output_dir")
     else:
@@ -104,6 +107,13 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     return 0
 
 
+def check_connection(flag: str) -> None:
+    """Raises UsageError if srun has started several processes, which cannot connect without an address."""
+    if launched_processes() > 1 and "MASTER_ADDR" not in os.environ and "SLURM_PROCID" in os.environ:
+        rule = "its processes must be connected, which srun does not do"
+        raise UsageError(f"{flag}: {rule}; start one task, such as with srun --ntasks 1, or use torchrun")
+
+
 def images_without_effect(options: PrepareOptions) -> Iterator[str]:
     """Yields a line for each flag about first frames that is given, if these are not encoded."""
     given = {
@@ -115,4 +125,5 @@ def images_without_effect(options: PrepareOptions) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    adopt_tasks()
     args.run_script(main, PrepareOptions, __doc__, CHECKS)

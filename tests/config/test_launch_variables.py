@@ -8,8 +8,8 @@ import pytest
 from running import ROOT
 
 from cogvideox.config import args, launch
-from cogvideox.config.launch import check_launch, launch_remarks, network_problems, start_problems
-from cogvideox.config.options import LoraOptions
+from cogvideox.config.launch import adopt_tasks, check_launch, launch_remarks, network_problems, start_problems
+from cogvideox.config.options import LoraOptions, local_processes
 from cogvideox.errors import UsageError
 
 OWN = ("ACCELERATE_", "SLURM_", "NCCL_", "GLOO_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
@@ -124,3 +124,20 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_remarked() -> None:
     assert "examples/slurm.sbatch" in line
     os.environ["RANK"] = "3"
     assert list(launch_remarks(options())) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, ("5", "8", "1", 4)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "6,2", "SLURM_NODEID": "0"}, ("5", "8", "1", 6)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1(x2)", "SLURM_NODEID": "4"}, ("5", "8", "1", 1)),
+        ({}, ("5", "8", "1", 8)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ("0", "2", "0", 2)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None, 1)),
+    ],
+)
+def test_tasks_of_srun_get_the_numbers_of_a_launcher(given: dict[str, str], numbers: tuple[object, ...]) -> None:
+    os.environ.update({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"} | given)
+    adopt_tasks()
+    assert (*map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK")), local_processes()) == numbers

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, python
+from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, python, start
 from waiting import eventually
 
+from cogvideox.config.launch import adopt_tasks
 from cogvideox.data.cache import Ledger, NewRecords
 from cogvideox.data.claims import CLAIMS_NAME, Claims, offset_of
 from cogvideox.errors import LostRankError
@@ -221,8 +222,20 @@ def test_launchers_and_srun_give_each_process_its_place(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # adopt_tasks changes it
+    os.environ.update(environment)
+    adopt_tasks()
     ranks = unconnected(600)
     assert (ranks.process_index, ranks.num_processes, ranks.is_main_process) == place
     assert ranks.gather(["own"]) == ["own"]
+
+
+@pytest.mark.slow
+def test_only_the_first_task_of_srun_prints_remarks(model: Path, clips: Path, tmp_path: Path) -> None:
+    flags = ("--model_id", model, "--data_root", clips, "--output_dir", tmp_path / "out", *SIZE, "--revision", "main")
+    command = python(PREPARE_SCRIPT, *flags)
+    tasks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "SLURM_STEP_NUM_TASKS": "2"} for task in range(2)]
+    said = [finish(process) for process in [start(command, **task) for task in tasks]]
+    assert [text.count("--revision: has no effect; the model is a folder") for text in said] == [1, 0]
+    for process in [start([*command, "--verify"], **task) for task in tasks]:
+        assert "--verify: its processes must be connected, which srun does not do; start one task" in finish(process, 2)

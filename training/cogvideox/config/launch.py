@@ -128,3 +128,16 @@ def launch_remarks(options: TrainOptions) -> Iterator[str]:
     if tasks != "1" and "RANK" not in os.environ:
         rule = f"srun has started {tasks} tasks that do not know each other, so each would train by itself"
         yield f"SLURM: {rule}; examples/slurm.sbatch makes them one run"
+
+
+def adopt_tasks() -> None:
+    """Sets the variables of a launcher in a task of SLURM's srun, for a script whose processes need no connection."""
+    if "RANK" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return  # a launcher has started this process, or srun only this one
+    for name, of_slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+        os.environ[name] = os.environ.get(f"SLURM_{of_slurm}", "0")
+    # The number of tasks of each machine, such as "8(x3),4".
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [number for number, times in groups for _ in range(int(times or 1))]
+    if len(tasks) > (machine := int(os.environ.get("SLURM_NODEID", "0"))):
+        os.environ["LOCAL_WORLD_SIZE"] = tasks[machine]

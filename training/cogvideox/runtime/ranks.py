@@ -174,19 +174,11 @@ def alone(device: str = "cpu") -> "Ranks":
 def unconnected(patience: float) -> "Ranks":
     """Returns this process of a launch without a connection to the others, so that each may end and start by itself.
 
-    The launcher is accelerate or torchrun, or srun, which starts the tasks of a SLURM job.
-
     Args:
         patience: Seconds in which other processes must make progress while this one waits for them.
     """
-    rank, number, local = (
-        int(os.environ.get(name, os.environ.get(of_slurm, default)))
-        for name, of_slurm, default in (
-            ("RANK", "SLURM_PROCID", "0"),
-            ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
-            ("LOCAL_RANK", "SLURM_LOCALID", "0"),
-        )
-    )
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    number = launched_processes()
     device = torch.device("cpu")
     if torch.cuda.is_available() and not asked_for_cpu():
         device = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show a task its own GPU only
