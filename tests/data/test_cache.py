@@ -319,7 +319,7 @@ def test_fingerprint_changes_with_any_key_and_not_with_captions() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "no index.json; run prepare_dataset.py"),
+        (None, "no index.json; give the --output_dir of prepare_dataset.py"),
         ("{", "is not valid JSON"),
         ('{"format": 0}', "another version"),
         ("{}", "another version"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import edit_json, flip_byte, listing, options_of, poison, run_alone
-from running import LORA_SCRIPT, PROMPT, Forked, equal, lora_flags, losses, python, train, weights
+from running import LORA_SCRIPT, PROMPT, Forked, equal, lora_flags, losses, prepare, python, train, weights
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
@@ -107,8 +107,15 @@ def test_text_to_video_sees_no_first_frames(model: Path, tensors: Path, image_te
 
 def test_a_folder_of_clips_is_no_prepared_folder(model: Path, clips: Path, tmp_path: Path) -> None:
     line = refused(lora_flags(model, clips, tmp_path / "lora", "--load_tensors"))
-    assert "has no index.json" in line
-    assert "leave out --load_tensors" in line
+    rule = "has no index.json; give the --output_dir of prepare_dataset.py, or leave out --load_tensors"
+    assert f"{clips} {rule} and give the folder of the clips" in line
+
+
+def test_a_preparation_that_has_not_ended_must_be_run_again(model: Path, clips: Path, tmp_path: Path) -> None:
+    assert prepare(model, clips, tmp_path / "out", "--dry_run") == 0
+    line = refused(lora_flags(model, tmp_path / "out", tmp_path / "lora", "--load_tensors"))
+    rule = "the preparation has not ended; run prepare_dataset.py again with the same flags, without --dry_run"
+    assert f"{tmp_path / 'out'} has no index.json; {rule}" in line
 
 
 def test_preparing_before_or_during_the_run_gives_the_same_data(

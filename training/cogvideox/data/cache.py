@@ -21,7 +21,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cogvideox import stopping
@@ -422,10 +421,12 @@ def open_index(folder: Path) -> CacheIndex:
     """
     path = folder / TENSOR_INDEX
     if not path.is_file():
-        raise UsageError(
-            f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {quote(str(folder))}, "
-            "or leave out --load_tensors and give the folder of the clips"
+        fix = (
+            "give the --output_dir of prepare_dataset.py, or leave out --load_tensors and give the folder of the clips"
         )
+        if Ledger(folder).path.is_file():
+            fix = "the preparation has not ended; run prepare_dataset.py again with the same flags, without --dry_run"
+        raise UsageError(f"--load_tensors: {folder} has no index.json; {fix}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
