@@ -502,6 +502,7 @@ def test_the_error_names_the_flag_with_which_state_is_not_sharded(
     rule = "all weights and their state, which --use_8bit cannot shard; adam and adamw without such a flag can"
     assert (rule in execution._smaller(options, sizes, 2)) == names  # type: ignore[arg-type]
     assert rule not in execution._smaller(options, sizes, 1)  # type: ignore[arg-type]
+    assert " or give " not in execution._smaller(options, sizes, 1, resumes=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -640,6 +641,27 @@ def test_out_of_memory_is_reported(
     with pytest.raises(UsageError) as caught:
         train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors"))
     assert str(caught.value).startswith(told)
+
+
+def test_a_resumed_run_is_not_told_to_change_what_its_checkpoint_has(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank of a LoRA and the buckets are those of the checkpoint, and the samples of a step must stay as many."""
+    flags = (model, tensors, tmp_path / "run", "--load_tensors", "--train_batch_size", 2)
+    steps = ("--gradient_accumulation_steps", 1, "--plan", "lean")
+    assert train(lora_flags(*flags, *steps, "--max_train_steps", 1)) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(execution, "measure_machine", lambda *_: Machine(1000, 1000))
+        with pytest.raises(UsageError) as unplanned:
+            train(lora_flags(*flags, *steps))
+    monkeypatch.setattr("cogvideox.loop.losses_of", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(UsageError) as full:
+        train(lora_flags(*flags, *steps))
+    assert "give a --train_batch_size below 2 with more --gradient_accumulation_steps, or free" in str(unplanned.value)
+    assert "a smaller --train_batch_size with more --gradient_accumulation_steps, or a larger" in str(full.value)
+    for error in (unplanned, full):
+        assert "--rank" not in str(error.value)
+        assert "bucket" not in str(error.value)
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

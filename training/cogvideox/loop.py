@@ -608,11 +608,11 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
         transformer = method.new_transformer(None, start.folder)
         method = method_type(transformer, options)
     run.startup.done("model")
-    plan = make_plan(run, options, tensors, transformer, steps.total)
+    plan = make_plan(run, options, tensors, transformer, steps.total, start.folder is not None)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
     run.startup.done("plan")
-    with explain_machine_errors():
+    with explain_machine_errors(start.folder is not None):
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         run.startup.done("block check")
         trained_blocks = apply_plan(transformer, plan, run.device, run)
@@ -627,13 +627,20 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
 
 
 @contextmanager
-def explain_machine_errors() -> Iterator[None]:
-    """Turns an error that memory does not suffice, or that there is no compiler, into a UsageError that names a fix."""
+def explain_machine_errors(resumes: bool = False) -> Iterator[None]:
+    """Turns an error that memory does not suffice, or that there is no compiler, into a UsageError that names a fix.
+
+    Args:
+        resumes: Whether this process continues from a checkpoint, whose rank and buckets the run must keep.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         line = first_line(error)
-        fix = "give --plan lean, a smaller bucket, --train_batch_size or --rank (of a LoRA), or a larger --vram_budget"
+        smaller = "a smaller bucket, --train_batch_size or --rank (of a LoRA)"
+        if resumes:
+            smaller = "a smaller --train_batch_size with more --gradient_accumulation_steps"
+        fix = f"give --plan lean, {smaller}, or a larger --vram_budget"
         raise UsageError(f"the GPU's memory does not suffice; {fix} ({line})") from None
     except MemoryError as error:
         fix = "free some memory, or give --weights_on, --kept_on or --optimizer_state_on device"

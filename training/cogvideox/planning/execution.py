@@ -103,7 +103,9 @@ class Target(Protocol):
         """Whether accelerate's configuration asks for torch.compile."""
 
 
-def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module, steps: int) -> Plan:
+def make_plan(
+    run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module, steps: int, resumes: bool = False
+) -> Plan:
     """Chooses how this run executes the transformer.
 
     Args:
@@ -113,6 +115,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
         transformer: The transformer with its adapters, on the CPU.
         steps: The number of optimizer steps of the complete run. It does not depend on where a process resumes, so that
             a resumed run has the same plan.
+        resumes: Whether this process continues from a checkpoint, whose rank and buckets the run must keep.
 
     Raises:
         UsageError: A flag of the plan cannot be followed, or no allowed plan fits.
@@ -141,7 +144,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
         machine = measure_all_ranks(run, backend, sizes, options.plan)
         chosen = choose(run, options, sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
-        fix = _smaller(options, sizes, run.world)
+        fix = _smaller(options, sizes, run.world, resumes)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
     run.say(host_memory_line(chosen, machine))
     if precision != AUTO:
@@ -287,18 +290,20 @@ def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module)
     return None
 
 
-def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
-    """Returns advice on the flags that could make a plan fit."""
+def _smaller(options: TrainOptions, sizes: Sizes, world: int, resumes: bool = False) -> str:
+    """Returns advice on the flags that could make a plan fit, without those that a resumed run must keep."""
     is_lora, asked = isinstance(options, LoraOptions), asked_of_plan(options)
     first = f"leave out {', '.join(asked)}" if asked else "give --plan off with --gradient_checkpointing"
     ways = [f"a --train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
-    ways += ["a smaller --rank"] if is_lora else []
-    ways += ["a smaller bucket"]
+    if resumes:
+        ways = [f"{way} with more --gradient_accumulation_steps" for way in ways]
+    else:
+        ways += ["a smaller --rank"] * is_lora + ["a smaller bucket"]
     stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in host_restrictions(options, world)]
     if not is_lora and world > 1 and not steps_on_device(options.optimizer):
         rule = f"which {flag_of(options.optimizer)} cannot shard; adam and adamw without such a flag can"
         stays += [f"; what every GPU has: all weights and their state, {rule}"]
-    fix = f"{first}, or give {' or '.join(ways)}, or free memory"
+    fix = ", or ".join([first, *[f"give {' or '.join(ways)}"] * bool(ways), "free memory"])
     return f"{fix}; --dry_run names the smallest change that fits{''.join(stays)}"
 
 
