@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fakes import run_alone
 from running import WEIGHTS, finish, fork_ranks, lora_flags, python, train
 from safetensors.torch import load_file
 
+from cogvideox import loop
 from cogvideox.config import args
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.options import LoraOptions
@@ -70,6 +73,19 @@ def test_checkpoints_by_the_clock_follow_from_the_time_of_a_step(
     """A thousand steps of 3.6 seconds take an hour."""
     train = TrainFlags(checkpointing_steps=5000, save_every_minutes=minutes)
     assert new_at_once(train, first, 1000, seconds=seconds) == expected
+
+
+def test_checkpoints_by_the_clock_are_counted_before_the_first_step(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are as many as the predicted time of a step says. On a CPU, no time is predicted."""
+    make_plan: Any = loop.make_plan
+    monkeypatch.setattr(loop, "make_plan", lambda *given: replace(make_plan(*given), mean_seconds=60.0))
+    monkeypatch.setattr(disk_room, "free_disk_bytes", lambda folder: 300_000)
+    flags = ("--load_tensors", "--plan", "lean", "--checkpointing_steps", 500, "--max_train_steps", 100)
+    with pytest.raises(DiskError, match=r"\(51 checkpoints of .*; give --checkpoints_total_limit [1-9], or"):
+        train(lora_flags(model, tensors, tmp_path / "lora", *flags, "--save_every_minutes", 2))
+    assert not (tmp_path / "lora" / "metrics.jsonl").exists()
 
 
 def refusal(

@@ -239,7 +239,8 @@ class Trainer:
                 self._evaluate(self.steps.first)
             metrics.forget_peaks()
         if self.steps.first < self.steps.total:
-            self.saver.check_disk(self.options, self.steps.first, self.steps.total)
+            seconds = self.plan.mean_seconds if isinstance(self.plan, ExecutionPlan) else 0.0
+            self.saver.check_disk(self.options, self.steps.first, self.steps.total, seconds)
         if self.options.method == "sft":  # a LoRA is saved so fast that it needs no announcement
             self.saver.announce(self.plan.spare_host if isinstance(self.plan, ExecutionPlan) else free_host_bytes())
         self.run.startup.done("evaluation")

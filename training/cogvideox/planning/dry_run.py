@@ -55,7 +55,6 @@ from cogvideox.model.methods import Method, trainable
 from cogvideox.model.models import DTYPES, has_weights, ignore_learned_positions, on_this_machine, stored_dtype
 from cogvideox.model.tasks import Task
 from cogvideox.optimizer.schedule import warm_up_note
-from cogvideox.planning.choice import step_seconds
 from cogvideox.planning.execution import (
     allowed_bytes,
     base_precision,
@@ -64,9 +63,9 @@ from cogvideox.planning.execution import (
     drops_out,
     host_share,
     limit_device_memory,
+    mean_seconds,
     measure_machine,
     no_plan_reason,
-    sharded_sizes,
     shards_of,
     sizes_from_options,
 )
@@ -229,21 +228,10 @@ def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[li
         lines += [f"does not fit: {error}", *ways_out(run, options, buckets, machine, backend)]
         return [*lines, *disk_lines(options, samples, run, transformer)[0]], False
     lines.append(f"plan: {plan}")
-    plan = replace(plan, seconds=mean_seconds(plan, sizes, machine, run, samples))
+    plan = replace(plan, seconds=mean_seconds(plan, sizes, machine, run.geometry, Counter(samples.buckets)))
     disks, enough = disk_lines(options, samples, run, transformer, plan)
     average = " on average" * (sizes.lengths > 1)
     return [*lines, *plan_lines(plan, machine, run, average), *disks], enough
-
-
-def mean_seconds(plan: ExecutionPlan, sizes: Sizes, machine: Machine, run: PlannedRun, samples: Samples) -> float:
-    """Returns the mean seconds of a step, of which all samples are in one bucket; the plan has those of the largest."""
-    if plan.shards > 1 or plan.deepspeed:
-        sizes = sharded_sizes(sizes, plan.shards, plan.shards_on_host, plan.deepspeed)
-    total = 0.0
-    for bucket, number in Counter(samples.buckets).items():
-        tokens = -(-run.geometry.tokens(bucket) // sizes.sequence_parallel)
-        total += number * step_seconds(plan, replace(sizes, tokens=tokens), machine)
-    return total / len(samples.buckets)
 
 
 def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun, average: str) -> list[str]:

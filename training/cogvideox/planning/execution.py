@@ -15,7 +15,8 @@ attention and feed-forward, DeepSpeed ZeRO-3, fp32 on a GPU, and a CPU unless a 
 of a run must choose the same plan, so they exchange their measurements and each takes the minimum.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import astuple, replace
 from itertools import groupby
@@ -147,10 +148,13 @@ def make_plan(
         fix = _smaller(options, sizes, run.world, resumes)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
     run.say(host_memory_line(chosen, machine))
+    counts = Counter(sample.bucket for sample in tensors.index.samples)
+    average = mean_seconds(chosen, sizes, machine, tensors.geometry, counts)
     if precision != AUTO:
         run.say(quantization_report(transformer, precision, run.device, backend))
-    predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
-    return replace(chosen, seconds=predicted, base_precision=precision)
+    if run.device.type != "cuda":  # the rates of a CPU are not measured
+        return replace(chosen, seconds=0.0, base_precision=precision)
+    return replace(chosen, mean_seconds=average, base_precision=precision)
 
 
 def choose(
@@ -288,6 +292,27 @@ def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module)
     if run.device.type == "cuda" and run.dtype == torch.float32:
         return "requires --mixed_precision bf16 or fp16 on a GPU"
     return None
+
+
+def mean_seconds(
+    plan: ExecutionPlan, sizes: Sizes, machine: Machine, geometry: Geometry, counts: Mapping[Bucket, int]
+) -> float:
+    """Returns the mean seconds of a step, of which all samples are in one bucket; the plan has those of the largest.
+
+    Args:
+        plan: The plan of the run.
+        sizes: The sizes for which it was chosen, before they were divided among processes that share weights.
+        machine: The machine.
+        geometry: The geometry of the model.
+        counts: The number of samples of each bucket.
+    """
+    if plan.shards > 1 or plan.deepspeed:
+        sizes = sharded_sizes(sizes, plan.shards, plan.shards_on_host, plan.deepspeed)
+    total = 0.0
+    for bucket, number in counts.items():
+        tokens = -(-geometry.tokens(bucket) // sizes.sequence_parallel)
+        total += number * choice.step_seconds(plan, replace(sizes, tokens=tokens), machine)
+    return total / sum(counts.values())
 
 
 def _smaller(options: TrainOptions, sizes: Sizes, world: int, resumes: bool = False) -> str:

@@ -138,7 +138,8 @@ class ExecutionPlan:
     peak: int = 0  # predicted peak of device memory, in bytes
     pinned: int = 0  # pinned host memory, in bytes: this process's share
     spare_host: int = 0  # predicted bytes of this process's share of host memory that stay free while training
-    seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
+    seconds: float = 0.0  # predicted time of a step of the largest bucket; 0 if the machine was not measured
+    mean_seconds: float = 0.0  # the same, of all buckets
     compilation: float = 0.0  # predicted seconds until all blocks are compiled, if nothing has been compiled before
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights

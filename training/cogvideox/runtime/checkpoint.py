@@ -287,14 +287,24 @@ class Saver:
             self.reserve.memory()
             self.reserve = None
 
-    def check_disk(self, options: TrainOptions, first: int, total: int) -> None:
-        """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
+    def check_disk(self, options: TrainOptions, first: int, total: int, seconds: float = 0.0) -> None:
+        """Checks that the disk has room for what a run will write.
+
+        Args:
+            options: The flags.
+            first: Optimizer steps that are done.
+            total: Optimizer steps of the complete run.
+            seconds: The predicted time of a step; 0 if it is not known.
+
+        Raises:
+            DiskError: It has less room. Every rank raises it.
+        """
         run, there = self.run, len(checkpoints(self.run.output_dir))
         weights = sum(map(num_elements, self.method.parameters().values()))
         self.num_bytes = checkpoint_bytes(options, weights, run.dtype, run.device, self.engine.refers)
         self.copy_bytes = copy_bytes(options, weights, run.dtype, run.device)
         self.bytes_left_out = bytes_left_out(options, weights, run.dtype, run.device)
-        new = new_at_once(options.train, first, total, there)
+        new = new_at_once(options.train, first, total, there, seconds)
         shortage = None
         if run.is_main:
             try:
