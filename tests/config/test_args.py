@@ -22,6 +22,7 @@ from cogvideox.config.conflicts import check_launcher
 from cogvideox.config.foreign_flags import GUIDE_DEFAULTS, accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
+    SCRIPTS,
     LoraOptions,
     PrepareOptions,
     fields_of,
@@ -1239,3 +1240,18 @@ def test_sums_do_not_depend_on_the_place_in_memory() -> None:
     command = [sys.executable, "-c", SUMS, ROOT / "training"]
     inherited = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     assert subprocess.run(command, capture_output=True, text=True, env=inherited, check=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize("script", ["doctor.py", "split_scenes.py", "caption_dataset.py", *SCRIPTS])
+def test_a_script_without_its_environment_says_how_to_activate_it(script: str, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "rabbit.mp4").touch()
+    flags = ["--model_id", str(ROOT / "examples/model"), "--output_dir", str(tmp_path / "out")]
+    flags += [] if script == "doctor.py" else ["--data_root", str(tmp_path / "clips")]
+    command = [sys.executable, "-S", str(ROOT / "training" / script), *flags]  # -S: no installed packages
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        f"{script}: 1 problem\n  {sys.executable}: torch is not installed for this Python; activate the environment: "
+        "source .venv/bin/activate; docs/troubleshooting.md says how to create it\n"
+    )

@@ -9,6 +9,7 @@ This module needs only the standard library, so that --help takes half a second.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import logging
 import math
 import os
@@ -481,6 +482,11 @@ def exit_status(
         if problem is None:
             raise
         problems = (problem,)
+    except ModuleNotFoundError:
+        if importlib.util.find_spec("torch") is not None:
+            raise
+        rule = "torch is not installed for this Python; activate the environment: source .venv/bin/activate"
+        problems = (f"{sys.executable}: {rule}; docs/troubleshooting.md says how to create it",)
     except NonFiniteError as error:
         if stopping.speaks():
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)

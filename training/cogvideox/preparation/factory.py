@@ -41,7 +41,6 @@ from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.samples import unique_id
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
-from cogvideox.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
@@ -237,6 +236,8 @@ def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None
     Raises:
         UsageError: Some files are bad; the message has all problems.
     """
+    from cogvideox.progress import ProgressBar  # needs a package, and the checks that use this module are run without
+
     ledger, problems = Ledger(cache.folder), Problems()
     known = ledger.read()
     files = list(dict.fromkeys(file for row in rows for file in row.files()))
