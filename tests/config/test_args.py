@@ -149,8 +149,9 @@ OF_VIDEOS = (
     "sizes; to train at this size, give --height_buckets 480 --width_buckets 720"
 )
 PUBLISHED_REMARKS = {name: OF_VIDEOS for name in PUBLISHED if name.startswith("diffusers")}
-PUBLISHED_REMARKS |= dict.fromkeys(("cogvideo_sft", "cogvideo_image_sft"), OTHER_DEFAULTS)
-PUBLISHED_REMARKS |= dict.fromkeys(("cogvideo_lora", "cogvideo_image_lora"), f"{OTHER_DEFAULTS} --rank 128")
+for rank, method in (("", "sft"), (" --rank 128", "lora")):
+    for task, dropout in (("", ""), ("image_", " --noised_image_dropout 0")):
+        PUBLISHED_REMARKS[f"cogvideo_{task}{method}"] = f"{OTHER_DEFAULTS}{rank} --caption_dropout 0{dropout}"
 
 
 @pytest.fixture(scope="session")
@@ -854,13 +855,16 @@ def test_the_right_script_is_named(script: str, given: str, right: str) -> None:
     assert len(found) == 1 + ("--nonsense" in given)
 
 
+OF_TEXT = set(GUIDE_DEFAULTS) - {"noised_image_dropout"}  # the defaults that concern text-to-video
+
+
 @pytest.mark.parametrize(
     ("given", "remarked"),
     [
-        ((), set(GUIDE_DEFAULTS)),
-        (("--batch_size", "2", "--lr", "1e-4"), set(GUIDE_DEFAULTS) - {"train_batch_size", "learning_rate"}),
-        (("--train_steps", "7"), set(GUIDE_DEFAULTS) - {"num_train_epochs"}),
-        (("--preset", "style"), set()),
+        ((), OF_TEXT),
+        (("--batch_size", "2", "--lr", "1e-4"), OF_TEXT - {"train_batch_size", "learning_rate"}),
+        (("--train_steps", "7"), OF_TEXT - {"num_train_epochs"}),
+        (("--preset", "style"), {"caption_dropout"}),
     ],
 )
 def test_defaults_of_the_cogvideo_guide_that_differ_are_remarked(
@@ -872,6 +876,8 @@ def test_defaults_of_the_cogvideo_guide_that_differ_are_remarked(
     assert not {name for name in remarked if str(values[name]) == GUIDE_DEFAULTS[name]}
     parse(*given)
     assert "CogVideo guide" not in capsys.readouterr().err
+    parse("--model_type", "i2v", *given, script=IMAGE_LORA)
+    assert "--noised_image_dropout 0" in capsys.readouterr().err
 
 
 def test_the_documented_defaults_of_the_cogvideo_guide_are_those_of_the_remark() -> None:

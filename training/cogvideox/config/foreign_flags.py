@@ -23,6 +23,8 @@ GUIDE_DEFAULTS = {
     "train_batch_size": "1",
     "num_train_epochs": "10",
     "rank": "128",
+    "caption_dropout": "0",
+    "noised_image_dropout": "0",
 }
 
 
