@@ -20,7 +20,7 @@ words EXTRA_FLAGS
 setting NUM_GPUS 1
 setting MODEL THUDM/CogVideoX-5b
 data_set
-setting OUTPUT_DIR ./video-dataset-disney-prepared
+setting OUTPUT_DIR "${DATA_ROOT%/}-prepared"
 setting ID_TOKEN BW_STYLE  # is added to the captions here, because training with --load_tensors does not add it
 setting MAX_NUM_FRAMES 49
 setting MAX_SEQUENCE_LENGTH 226

@@ -324,6 +324,12 @@ def test_prepare_uses_torchrun_for_several_gpus(sandbox):
     assert {name: values[name] for name in expected} == expected
 
 
+def test_tensors_are_written_next_to_their_clips(sandbox):
+    for given, folder in (({}, "./video-dataset-disney"), ({"DATA_ROOT": "clips of mine/"}, "clips of mine")):
+        done = sandbox.run("prepare_dataset.sh", DRY_RUN=1, **given)
+        assert read(shlex.split(done.stdout))[0].prepare.output_dir == f"{folder}-prepared"
+
+
 # -- how a run ends ----------------------------------------------------------------------------------------------------
 
 OUTPUT = "output = argv[argv.index('--output_dir') + 1]; "
