@@ -48,8 +48,14 @@ out=${output_dir:-$clips-lora}
   fail "--output_dir $out: is inside the folder of clips, where its pictures would be clips; name one outside of it"
 table=$out/clips.csv
 data=(--data_root "$clips" --dataset_file "$table")
-[[ ! -f $out/lora/recipe.json ]] || {
-  echo "$out/lora is finished; its report: $out/lora/report.html; to train again, remove this folder"; exit; }
+if [[ -f $out/lora/recipe.json ]]; then # a larger number of steps continues the finished training
+  trained=$(sed -n 's/^ "step": \([0-9]*\),$/\1/p' "$out/lora/recipe.json")
+  if [[ ! " $*" =~ .*\ --max_train_steps[\ =]([0-9]+) ]] || ((10#${BASH_REMATCH[1]} <= ${trained:-0})); then
+    echo "$out/lora is finished after ${trained:-its} steps; its report: $out/lora/report.html"
+    echo "to train longer, add -- --max_train_steps with a larger number; to start again, remove this folder"
+    exit
+  fi
+fi
 mkdir -p "$out"
 
 # quoted WORD...: prints words as they can be typed, with quotes only where the shell needs them.

@@ -66,6 +66,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def finished(folder: Path) -> Path:
+    """Has what the fixture ``folder`` has, and a training that has finished."""
+    (folder / "clips-lora" / "lora").mkdir()
+    (folder / "clips-lora" / "lora" / "recipe.json").write_text('{\n "step": 400,\n "run": "1"\n}\n')
+    return folder
+
+
 def run(folder: Path, *words: object, status: int = 0, within: str = "", **more: str) -> str:
     """Runs quickstart.sh with the stand-in, ``within`` a folder in ``folder``, and returns what it prints."""
     paths = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), "FAILING": "nothing"}
@@ -192,12 +200,19 @@ def test_the_files_of_a_model_tell_more_than_its_name(pipeline: str, script: str
     assert calls(folder)[-1][0] == script
 
 
-def test_a_finished_training_is_named(folder: Path) -> None:
-    (folder / "clips-lora" / "lora").mkdir()
-    (folder / "clips-lora" / "lora" / "recipe.json").touch()
-    assert "clips-lora/lora is finished; its report: clips-lora/lora/report.html" in run(
-        folder, "clips", "--token", "T"
-    )
+@pytest.mark.parametrize("more", [(), ("--", "--rank", 8), ("--", "--max_train_steps", 400)])
+def test_a_finished_training_is_named(more: tuple[object, ...], finished: Path) -> None:
+    said = run(finished, "clips", "--token", "T", *more)
+    assert "clips-lora/lora is finished after 400 steps; its report: clips-lora/lora/report.html" in said
+    assert not (finished / "calls").exists()
+
+
+@pytest.mark.parametrize("more", [("--max_train_steps", "401"), ("--max_train_steps=1000",)])
+def test_more_steps_continue_a_finished_training(more: tuple[str, ...], finished: Path) -> None:
+    run(finished, "clips", "--token", "T", "--", "--rank", 8, *more)
+    script, words = calls(finished)[-1]
+    assert script == TEXT
+    assert tuple(words[-len(more) :]) == more
 
 
 @pytest.mark.parametrize("failing", ["split_scenes", "caption_dataset", "suggest_buckets", "dry_run", "load_tensors"])
@@ -292,4 +307,7 @@ def test_from_clips_without_captions_to_a_lora(clips: Path, forking_python: Path
     assert len(list((out / "lora" / "validation").glob("*.mp4"))) == 2
     with open(out / "clips.csv", newline="") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == ["A shape moves."] * 3
-    assert start().stdout.startswith(f"{out}/lora is finished")
+    assert start().stdout.startswith(f"{out}/lora is finished after 2 steps")
+    done = start("--", *small, "--max_train_steps", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert start().stdout.startswith(f"{out}/lora is finished after 3 steps")
