@@ -1,7 +1,7 @@
 """Copies the files of a checkpoint to host memory, and writes them in a thread while training goes on.
 
     training     step N | add, add, add | step N+1 | step N+2 | ...      waits only while tensors are copied
-    thread                              | not_finite, write, rename |    needs the time of the disk
+    thread                              | write, verify, rename |         needs the time of the disk
 
 The next optimizer step changes what a checkpoint contains, so training waits until everything is copied. What is copied
 are the parts as they are stored; the thread puts them together. All copies of a run use the same memory, which a
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cogvideox.finite import not_finite
 from cogvideox.memory.buffers import aligned, fill, host_buffer
-from cogvideox.tensor_files import Piece, Pieces, ReadPieces, file_order, write_tensors
+from cogvideox.tensor_files import Piece, Pieces, file_order, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
 NICE = 10  # lowers the priority of the thread, because training needs the cores more
@@ -86,6 +86,7 @@ class Snapshot:
 
     Attributes:
         only_copies: Happens when no original is needed any more, so that training may change them.
+        not_finite: The names of the tensors written so far that contain NaN or infinity.
 
     Args:
         shares: Whether a tensor that is part of several files is copied once. This is wrong if its values change before
@@ -101,6 +102,7 @@ class Snapshot:
         self.originals = 0  # tensors of files that are still to be written, up to the last one that was not copied
         self.not_copied: set[Address] = set()
         self.only_copies = threading.Event()
+        self.not_finite: list[str] = []
         self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
         # What is left of the memory, or of the newest allocation.
         self.arena = torch.empty(0, dtype=torch.uint8) if memory is None else memory
@@ -142,12 +144,8 @@ class Snapshot:
         memory, self.arena = self.arena[:num_bytes], self.arena[aligned(num_bytes) :]
         return memory
 
-    def not_finite(self) -> list[str]:
-        """Returns the names of the tensors that contain NaN or infinity."""
-        return [bad for _, pieces, _ in self.files for bad in not_finite(ReadPieces(pieces))]
-
     def write(self) -> dict[Path, str]:
-        """Writes the files, and returns the SHA-256 of each.
+        """Writes the files, and returns the SHA-256 of each. ``not_finite`` is complete then.
 
         Raises:
             OSError: The disk is full or fails.
@@ -158,8 +156,17 @@ class Snapshot:
         self.arena = torch.empty(0, dtype=torch.uint8)
         while self.files:
             path, pieces, metadata = self.files.pop(0)
-            hashes[path] = write_tensors(path, pieces, metadata, partial(self._count, 1))
+            checked = {
+                name: replace(piece, put_together=partial(self._read, name, piece)) for name, piece in pieces.items()
+            }
+            hashes[path] = write_tensors(path, checked, metadata, partial(self._count, 1))
         return hashes
+
+    def _read(self, name: str, piece: Piece, *parts: Tensor) -> Tensor:
+        """Puts a tensor together, and notes whether it contains NaN or infinity."""
+        tensor = piece.put_together(*parts)
+        self.not_finite += not_finite({name: tensor})
+        return tensor
 
     def _count(self, written: int) -> None:
         """Counts tensors that are written, and lets training go on after the last original."""

@@ -125,7 +125,7 @@ class Saver:
         ``finish`` raise the errors of the thread.
 
         Raises:
-            NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
+            NonFiniteError: A tensor that would be saved is not finite; no checkpoint is added or removed.
         """
         self.finish()
         room = self._room_of_copies() if self.in_background else 0
@@ -240,9 +240,9 @@ class Saver:
     def _write_snapshot(self, step: int, snapshot: Snapshot) -> None:
         """Writes a copied checkpoint; a thread runs this."""
         with self._guarded(step):
-            if bad := snapshot.not_finite():
-                raise self._not_finite_error(step, bad)
             hashes = snapshot.write()
+            if snapshot.not_finite:
+                raise self._not_finite_error(step, snapshot.not_finite)
         self._publish(step, hashes)
 
     def check(self) -> None:
