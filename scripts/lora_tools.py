@@ -6,6 +6,7 @@ It needs diffusers, peft and safetensors, but nothing from training/.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -16,6 +17,10 @@ from typing import Any
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 TRAINING_NAME = "cogvideox_training"  # metadata entry with the scale that this suite trained with
 PREFIX = "transformer."  # diffusers' prefix of a LoRA's keys and of its metadata
+# These packages, if they are installed, warn about extras that are not used here. The training scripts quiet them, too.
+NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+for noisy in NOISY:
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as safetensors names them
 
 

@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lora, folder = lora_file(given.lora), transformer_folder(given.base_model)
         check_output(given.output_dir, [lora, folder], folder=True)
         dtype = given.dtype or stored_dtype(folder)
-        result = merge(load_transformer(folder, "fp32"), lora, given.lora_scale).to(torch_dtype(dtype))
+        merged = merge(load_transformer(folder, "fp32"), lora, given.lora_scale)
+        result = merged.type(torch_dtype(dtype))  # diffusers' `to` would warn that it casts all modules
         replace_by(given.output_dir, lambda path: result.save_pretrained(path, max_shard_size="5GB"))
     except ValueError as error:
         parser.error(str(error))

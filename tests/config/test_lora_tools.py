@@ -15,7 +15,7 @@ import extract_lora
 import merge_lora
 import pytest
 import torch
-from lora_tools import stored_dtype, transformer_folder
+from lora_tools import NOISY, stored_dtype, transformer_folder
 from running import ROOT, WEIGHTS, equal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -382,6 +382,15 @@ def test_help_needs_nothing_but_python(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"python scripts/{script}" in done.stdout
+
+
+def test_packages_that_are_not_used_warn_of_nothing(model: Path, tmp_path: Path) -> None:
+    assert [*NOISY, "matplotlib"] == list(args.NOISY)
+    make_lora(tmp_path / "lora", model)
+    flags = ["--base_model", str(model), "--lora", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "merged")]
+    command = [sys.executable, str(ROOT / "scripts" / "merge_lora.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- the header of a LoRA and the flags --------------------------------------------------------------------------------
