@@ -26,6 +26,7 @@ while (($#)); do
     -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
     --) shift; break ;;
     --yes) yes=1; shift ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --token | --preset | --model | --endpoint | --caption_model | --output_dir)
       (($# > 1)) || fail "$1: needs a value"
       printf -v "${1#--}" %s "$2"; shift 2 ;;

@@ -266,6 +266,12 @@ def test_wrong_words_are_named(words: tuple[str, ...], message: str, folder: Pat
     assert f"quickstart.sh: {message}" in run(folder, *words, status=2)
 
 
+def test_a_value_may_follow_an_equals_sign(folder: Path) -> None:
+    run(folder, "clips", "--token=A=B", "--output_dir=clips-lora", "--yes", "--", "--rank=8")
+    scenes, *_, encode, train = map(read, calls(folder))
+    assert (scenes.scenes.table, encode.data.id_token, train.lora.rank) == ("clips-lora/clips.csv", "A=B", 8)
+
+
 def test_the_shown_commands_of_the_help_run(folder: Path) -> None:
     shown = [line.split() for line in run(folder, "--help").splitlines() if line.startswith("  ./quickstart.sh")]
     assert len(shown) == 3
