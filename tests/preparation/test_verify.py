@@ -19,7 +19,7 @@ from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
-from cogvideox.preparation.verify import find_faults, repair
+from cogvideox.preparation.verify import check_flags, find_faults, repair
 
 Tiny = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("threads")
@@ -317,3 +317,11 @@ def test_another_number_of_noises_is_found(tiny: Tiny, framed: Path) -> None:
         found = faults(tiny, framed, "5b-i2v", image_variants=variants)
         rule = "its first frame, or a flag for it, has changed since it was encoded"
         assert found == [f"videos/0000{number}.mp4: {rule}" for number in range(2)]
+
+
+def test_a_forgotten_number_of_noises_is_named(tiny: Tiny, framed: Path) -> None:
+    """Otherwise, --repair would encode each first frame again, with the default number of noises."""
+    with pytest.raises(UsageError) as error:
+        check_flags(preparation(tiny("5b-i2v"), framed, framed / "tensors", image_variants=8))
+    assert error.value.problems[1:] == ("  --num_image_noise_variants: 2 there, 8 now",)
+    check_flags(preparation(tiny("5b"), framed, framed / "tensors"))  # which has no first frames

@@ -410,7 +410,8 @@ class CacheIndex:
         samples, validation = (
             tuple(replace(sample, image_keys=()) for sample in part) for part in (self.samples, self.validation)
         )
-        return replace(self, samples=samples, validation=validation, image_variants=0)
+        recipe = {name: value for name, value in self.recipe.items() if name != "num_image_noise_variants"}
+        return replace(self, samples=samples, validation=validation, image_variants=0, recipe=recipe)
 
 
 def open_index(folder: Path) -> CacheIndex:

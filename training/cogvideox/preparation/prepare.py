@@ -457,6 +457,8 @@ class Preparation:
         """The flags for index.json that decide the tensors."""
         recipe = self.recipe
         effective = {"random_flip": recipe.flip_probability, "num_augmentations": recipe.variants}
+        if self.image_variants:
+            effective["num_image_noise_variants"] = self.image_variants
         return kept_values(self.data, self.flags, fps=recipe.fps, **effective)
 
     def cached_samples(self, sample: Sample, record: ClipRecord, encoders: Encoders) -> Iterator[CachedSample]:
