@@ -886,6 +886,13 @@ def test_the_documented_defaults_of_the_cogvideo_guide_are_those_of_the_remark()
     assert {f"--{name}": value for name, value in GUIDE_DEFAULTS.items()}.items() <= rows.items()
 
 
+def test_a_flag_without_its_value_names_those_that_it_accepts() -> None:
+    (line,) = problems(*LEAST[LORA], "--compile_blocks")
+    assert line.startswith("--compile_blocks: takes a value, one of auto, yes, no: ")
+    (line,) = problems(*LEAST[LORA], "--rank")
+    assert line.startswith("--rank: takes a value: ")
+
+
 def test_a_size_of_clips_in_the_flags_of_validation_videos_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
     """In the examples of diffusers and in earlier versions of the factory, these flags are the size of the clips."""
     size = ("--height", "480", "--width", "720")

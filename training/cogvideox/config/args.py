@@ -233,7 +233,9 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
     bare = "true" if of is bool else item.metadata["const"]
     texts = list(given) or ([bare] if bare else [])
     if not texts:
-        raise UsageError(f"--{item.name}: takes a value: {item.metadata['help']}")
+        choices = item.metadata["choices"]
+        accepted = f", one of {', '.join(choices)}" if choices else ""
+        raise UsageError(f"--{item.name}: takes a value{accepted}: {item.metadata['help']}")
     if many:
         return tuple(typed_value(item, of, text) for text in texts)
     if len(texts) > 1:
