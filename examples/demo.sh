@@ -19,5 +19,5 @@ results "$out/lora"
 cat <<END
 the LoRA             $out/lora/pytorch_lora_weights.safetensors
 a video with it      $out/sample.mp4
-another one          $python $out/lora/inference.py "BUNNY a grey rabbit in a meadow" video.mp4
+another one          $(quoted "$python" "$out/lora/inference.py") "BUNNY a grey rabbit in a meadow" video.mp4
 END

@@ -14,5 +14,5 @@ encode "$model" "$out/tensors"
 results "$out/sft"
 cat <<END
 the transformer      $out/sft/transformer
-another video        $python $out/sft/inference.py "BUNNY a grey rabbit in a meadow" video.mp4
+another video        $(quoted "$python" "$out/sft/inference.py") "BUNNY a grey rabbit in a meadow" video.mp4
 END

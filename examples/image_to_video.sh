@@ -23,5 +23,5 @@ done
 results "$out/i2v-lora"
 cat <<END
 the LoRA             $out/i2v-lora/pytorch_lora_weights.safetensors
-another video        $python $out/i2v-lora/inference.py "$other" $out/rabbit_yawns.png video.mp4
+another video        $(quoted "$python" "$out/i2v-lora/inference.py") "$other" $(quoted "$out/rabbit_yawns.png") video.mp4
 END

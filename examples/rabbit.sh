@@ -19,6 +19,13 @@ encode() {
         --id_token BUNNY --train_resolution 9x64x96 --video_reshape_mode center --dtype fp32 "${@:3}"
 }
 
+# quoted WORD...: prints words as they can be typed.
+quoted() {
+    local words
+    printf -v words '%q ' "$@"
+    printf %s "${words% }"
+}
+
 # results RUN: prints the paths of the pictures and videos of a run
 results() {
     cat <<END

@@ -3,8 +3,7 @@
 Its transformer takes 16 channels of an image in addition to the 16 of the noisy video. The weights of the patch
 embedding for them start at zero, so before the first step the model generates the same videos as the text-to-video
 model, whatever the image. Then prepare_dataset.py and cogvideox_image_to_video_sft.py train it. The captions name only
-the
-motion: if they named shape and color too, the model would not need the image and would not learn to use it. Stages
+the motion: if they named shape and color too, the model would not need the image and would not learn to use it. Stages
 whose results exist are skipped.
 
     python examples/train_tiny_image_to_video.py --work_dir runs/tiny-i2v

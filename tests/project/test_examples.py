@@ -1,6 +1,7 @@
 """Tests examples/: every command in the shell scripts parses and names files that exist. Also tests first_frame.py."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def calls(folder: Path) -> list[list[str]]:
 def read(call: list[str]) -> Any:
     """Returns the options of a recorded call of a training script."""
     return args.parse(OPTIONS[Path(call[0]).name], None, call[1:])
+
+
+@pytest.mark.parametrize(
+    ("script", "result"), [("demo.sh", "lora"), ("full_finetune.sh", "sft"), ("image_to_video.sh", "i2v-lora")]
+)
+def test_the_printed_command_can_be_typed_if_the_folder_has_a_space(script: str, result: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    done = run(script, folder, *([ROOT / "examples" / "model"] if script == "image_to_video.sh" else []))
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[2:4] == [str(folder / "python"), str(folder / "out" / result / "inference.py")]
+    assert script != "image_to_video.sh" or words[-2] == str(folder / "out" / "rabbit_yawns.png")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
