@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pwd
+import resource
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,12 @@ def test_a_failing_check_takes_one_line_and_the_others_run(
     assert lines[0] == "first          FAILED: OSError: no; memory"
     assert lines[1].startswith("limits         open files ")
     assert lines[2:] == ["1 of these checks failed"]
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(2**23, "8.0 MiB"), (resource.RLIM_INFINITY, "unlimited")])
+def test_the_limit_of_locked_memory_has_a_unit(limit: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert f"locked memory {shown}" in next(doctor.describe_limits())
 
 
 def test_paths_and_tokens_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from cogvideox.config.hub import token_of
 from cogvideox.config.options import DoctorOptions
 from cogvideox.data.shared_memory import SHM_FOLDER, free_shared_memory
 from cogvideox.errors import UsageError, one_line, plural, public_urls
-from cogvideox.files import nearest_folder
+from cogvideox.files import nearest_folder, size_text
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.buffers import pinned
 from cogvideox.model.attention import choose_backend
@@ -225,7 +225,9 @@ def describe_limits() -> Iterator[str]:
 
     def shown(name: str) -> str:
         value = resource.getrlimit(getattr(resource, name))[0]
-        return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+        if value == resource.RLIM_INFINITY:
+            return "unlimited"
+        return size_text(value) if name == "RLIMIT_MEMLOCK" else str(value)
 
     yield ", ".join(f"{text} {shown(name)}" for text, name in LIMITS.items() if hasattr(resource, name))
 
