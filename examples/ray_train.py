@@ -46,10 +46,18 @@ def run_script(config: dict[str, list[str]]) -> None:
 
 
 def main() -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    parser = build_parser()
+    args = parser.parse_args()
+    if not args.command:
+        parser.error("give a script in training/ and its flags")
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        parser.error("Ray is not installed; run: pip install 'ray[train]'")
 
-    args = build_parser().parse_args()
     trainer = TorchTrainer(
         run_script,
         train_loop_config={"command": args.command},

@@ -252,6 +252,25 @@ def test_what_skypilot_starts_on_a_machine(tmp_path: Path) -> None:
     assert all(path.startswith(f"{shared}/") for path in (*options.data.data_root, options.train.output_dir))
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--help"], 0, "one for each GPU"),
+        (["--workers", "2"], 2, "give a script in training/"),
+        (["--workers", "2", "training/cogvideox_text_to_video_sft.py"], 2, "Ray is not installed"),
+    ],
+)
+def test_without_ray_its_script_says_what_it_needs(
+    words: list[str], status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ray_train.py", *words])
+    monkeypatch.setitem(sys.modules, "ray", None)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as ended:
+        ray_train.main()
+    assert ended.value.code == status
+    assert message in "".join(capsys.readouterr())
+
+
 @pytest.mark.usefixtures("process_group")
 def test_what_ray_starts_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's classes are replaced by one that records its arguments. The worker has Ray's own process group."""
