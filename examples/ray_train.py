@@ -54,9 +54,7 @@ def main() -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        parser.error("Ray is not installed; run: pip install 'ray[train]'")
+        parser.error(f"{error}; run: pip install 'ray[train]'")
 
     trainer = TorchTrainer(
         run_script,

@@ -257,7 +257,7 @@ def test_what_skypilot_starts_on_a_machine(tmp_path: Path) -> None:
     [
         (["--help"], 0, "one for each GPU"),
         (["--workers", "2"], 2, "give a script in training/"),
-        (["--workers", "2", "training/cogvideox_text_to_video_sft.py"], 2, "Ray is not installed"),
+        (["--workers", "2", "training/cogvideox_text_to_video_sft.py"], 2, "run: pip install 'ray[train]'"),
     ],
 )
 def test_without_ray_its_script_says_what_it_needs(
