@@ -1053,6 +1053,7 @@ def test_an_error_that_the_user_can_fix_is_one_line(
     # The state of another run in this process must not be used.
     monkeypatch.setattr(stopping, "_state", stopping._State())
     monkeypatch.setattr(stopping, "end_process", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed may have put its own there
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
@@ -1214,6 +1215,7 @@ def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(
     monkeypatch.setattr(stopping, "install", lambda: None)
     monkeypatch.setattr(stopping, "_state", stopping._State())
     monkeypatch.setattr(stopping, "end_process", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed may have put its own there
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
