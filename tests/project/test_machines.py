@@ -134,13 +134,9 @@ LAUNCHES = {
 
 @pytest.mark.parametrize(
     ("kind", "killed"),
-    [
-        pytest.param("one machine", 1, marks=pytest.mark.slow),
-        *(pytest.param("c10d", rank, marks=pytest.mark.long) for rank in (0, 1)),
-        *(pytest.param("static", rank, marks=pytest.mark.long) for rank in (0, 1)),
-        pytest.param("accelerate", 1, marks=pytest.mark.long),
-    ],
+    [("one machine", 1), ("c10d", 0), ("c10d", 1), ("static", 0), ("static", 1), ("accelerate", 1)],
 )
+@pytest.mark.long
 @pytest.mark.fault("ranks: a process is killed, and its launcher starts all of them again")
 def test_a_launcher_restarts_a_killed_worker_and_the_run_resumes(
     kind: str, killed: int, command: Callable[..., list], right: list[float], tmp_path: Path
