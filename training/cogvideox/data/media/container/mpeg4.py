@@ -29,7 +29,7 @@ _HEADER_BYTES = 64  # more than a header can take
 class Unpacker:
     """Divides packets that hold several pictures. Those after the first wait for the empty packets that follow."""
 
-    def __init__(self, headers: bytes, in_avi: bool, rate: Fraction | int) -> None:
+    def __init__(self, headers: bytes, in_avi: bool, rate: Fraction) -> None:
         """Reads the headers of a stream.
 
         Args:

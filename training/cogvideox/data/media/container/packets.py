@@ -137,7 +137,8 @@ def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
     """
     codec = stream.codec_context
     if codec.name == "mpeg4":
-        return Unpacker(codec.extradata or b"", stream.container.format.name == "avi", stream.average_rate or 24)
+        in_avi = stream.container.format.name == "avi"
+        return Unpacker(codec.extradata or b"", in_avi, Fraction(stream.average_rate or 24))
     return FieldPairs(codec.extradata or b"") if codec.name == "h264" else _one_picture
 
 
