@@ -470,8 +470,9 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, flags: PlanFlags) ->
 
 
 def neighbors_of(ranks: Ranks) -> Neighbors | None:
-    """Returns the ranks of this machine; None on all ranks if one is alone on its machine, or has a rank of another one
-    between it and the next of its own.
+    """Returns the ranks of this machine.
+
+    None on all ranks, if one of them is alone on its machine, or if the ranks of a machine do not follow each other.
 
     The ranks are asked, because a launcher may give each of them one GPU and LOCAL_RANK=0.
     """

@@ -204,7 +204,7 @@ def _without_blank_end(values: Sequence[str | None], least: int = 0) -> Sequence
 def _read_list(
     root: str, name: str | None, defaults: Sequence[str], flag: str, rules: PathRules, problems: Problems
 ) -> Column | None:
-    """Returns the lines of a list, also blank ones, or None if there is no such list or it cannot be read."""
+    """Returns the lines of a list, including blank ones; None if there is no such list or it cannot be read."""
     files = _files(root, defaults if name is None else (name,))
     if not files:
         listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"
